@@ -1,0 +1,1 @@
+//! Messages between the Pulau host and its guest agent.

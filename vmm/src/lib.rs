@@ -1,0 +1,1 @@
+//! The Pulau virtual machine monitor.
