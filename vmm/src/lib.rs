@@ -1,1 +1,7 @@
-//! The Pulau virtual machine monitor.
+//! The Pulau virtual machine monitor: a library of its parts; `main.rs` is the program.
+
+pub mod arch;
+pub mod bus;
+pub mod event_loop;
+pub mod memory;
+pub mod virtio;

@@ -1,0 +1,3 @@
+//! x86_64: address map, boot protocols, CPU state, ACPI and MP tables.
+
+pub mod layout;
