@@ -1,7 +1,10 @@
 //! The Pulau virtual machine monitor: a library of its parts; `main.rs` is the program.
 
+pub mod api;
 pub mod arch;
 pub mod bus;
+pub mod config;
+pub mod control;
 pub mod event_loop;
 pub mod memory;
 pub mod virtio;

@@ -1,0 +1,96 @@
+//! A whole configuration as one JSON object: `--config-file`, and `GET /vm/config`.
+
+use serde::{Deserialize, Serialize};
+
+use super::{
+    BalloonConfig, BootSourceConfig, ConfigError, CpuConfig, DriveConfig, EntropyConfig, LoggerConfig,
+    MachineConfig, MetricsConfig, MmdsConfig, NetworkInterfaceConfig, PmemConfig, SerialConfig, VmConfig,
+    VsockConfig,
+};
+
+/// A whole configuration, in the shape of Firecracker's configuration file. What is absent is not
+/// configured. `cpu-config` is the configuration itself, not the path of a file with it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct FullVmConfig {
+    pub balloon: Option<BalloonConfig>,
+    #[serde(default)]
+    pub drives: Vec<DriveConfig>,
+    #[serde(default)]
+    pub boot_source: BootSourceConfig,
+    pub cpu_config: Option<CpuConfig>,
+    pub logger: Option<LoggerConfig>,
+    pub machine_config: Option<MachineConfig>,
+    pub metrics: Option<MetricsConfig>,
+    pub mmds_config: Option<MmdsConfig>,
+    #[serde(default)]
+    pub network_interfaces: Vec<NetworkInterfaceConfig>,
+    pub vsock: Option<VsockConfig>,
+    pub entropy: Option<EntropyConfig>,
+    #[serde(default)]
+    pub pmem: Vec<PmemConfig>,
+    /// Not in Firecracker's file; left out of `GET /vm/config` where it was not set.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<SerialConfig>,
+}
+
+impl TryFrom<FullVmConfig> for VmConfig {
+    type Error = ConfigError;
+
+    /// Everything but `logger` and `metrics`, which are of the process and not of the microVM.
+    fn try_from(full: FullVmConfig) -> Result<Self, ConfigError> {
+        let mut config = VmConfig::default();
+        if let Some(machine) = full.machine_config {
+            config.set_machine(machine)?;
+        }
+        if let Some(cpu) = full.cpu_config {
+            config.set_cpu(cpu)?;
+        }
+        config.set_boot_source(full.boot_source)?;
+        for drive in full.drives {
+            config.set_drive(drive)?;
+        }
+        for pmem in full.pmem {
+            config.set_pmem(pmem)?;
+        }
+        for interface in full.network_interfaces {
+            config.set_network_interface(interface)?;
+        }
+        if let Some(vsock) = full.vsock {
+            config.set_vsock(vsock)?;
+        }
+        if let Some(balloon) = full.balloon {
+            config.set_balloon(balloon)?;
+        }
+        if let Some(entropy) = full.entropy {
+            config.set_entropy(entropy);
+        }
+        if let Some(mmds) = full.mmds_config {
+            config.set_mmds(mmds)?;
+        }
+        if let Some(serial) = full.serial {
+            config.set_serial(serial);
+        }
+        Ok(config)
+    }
+}
+
+impl From<&VmConfig> for FullVmConfig {
+    fn from(config: &VmConfig) -> Self {
+        Self {
+            balloon: config.balloon.clone(),
+            drives: config.drives.clone(),
+            boot_source: config.boot_source.clone().unwrap_or_default(),
+            cpu_config: config.cpu.clone(),
+            logger: None,
+            machine_config: Some(config.machine.clone()),
+            metrics: None,
+            mmds_config: config.mmds.clone(),
+            network_interfaces: config.network_interfaces.clone(),
+            vsock: config.vsock.clone(),
+            entropy: config.entropy.clone(),
+            pmem: config.pmem.clone(),
+            serial: config.serial.clone(),
+        }
+    }
+}

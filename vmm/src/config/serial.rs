@@ -1,0 +1,17 @@
+//! The serial console (`/serial`).
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::TokenBucketConfig;
+
+/// Where the guest's serial console goes.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SerialConfig {
+    /// File or named pipe the output is written to; the VMM's standard output when absent.
+    pub serial_out_path: Option<PathBuf>,
+    /// Limit on the output in bytes; what exceeds it is dropped and counted.
+    pub rate_limiter: Option<TokenBucketConfig>,
+}
