@@ -7,4 +7,5 @@ pub mod config;
 pub mod control;
 pub mod event_loop;
 pub mod memory;
+pub mod rate_limiter;
 pub mod virtio;
