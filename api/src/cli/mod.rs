@@ -1,0 +1,77 @@
+//! The command line: what each subcommand takes, and how the program ends.
+//!
+//! Conventions, the same for every command:
+//!
+//! - What was asked for goes to standard output; progress, hints and errors go to standard error.
+//! - `--json` prints one JSON document instead of text for people.
+//! - Exit code 0: done. 1: it failed, or the answer is no. 2: the command line was wrong.
+//! - An error is one line that says what was being done and why it failed, then what to do, if known.
+
+mod completion;
+mod doctor;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// A small cloud on one Linux host: microVMs as instances, functions and tasks.
+#[derive(Debug, Parser)]
+#[command(name = "pulau", version, max_term_width = 100, arg_required_else_help = true)]
+#[command(after_help = "Start with `pulau doctor`, which tells whether this host can run microVMs.")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Doctor(doctor::Args),
+    Completion(completion::Args),
+}
+
+/// Parses the command line, runs the command, and returns the process's exit code.
+pub fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Doctor(args) => doctor::run(&args),
+        Command::Completion(args) => completion::run(&args),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("pulau: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Writes to standard output. A reader that has gone (`pulau … | head`) is not an error.
+fn print(text: &str) -> anyhow::Result<()> {
+    match std::io::stdout().lock().write_all(text.as_bytes()) {
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        result => Ok(result?),
+    }
+}
+
+/// Writes `value` as indented JSON and a newline to standard output.
+fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
+    print(&(serde_json::to_string_pretty(value)? + "\n"))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        super::Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_has_examples() {
+        for command in super::Cli::command().get_subcommands() {
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.contains("pulau "), "`pulau {}` has no examples in its help", command.get_name());
+        }
+    }
+}
