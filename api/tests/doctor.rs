@@ -1,5 +1,6 @@
 //! `pulau doctor` as a user or a script calls it. What a host lacks differs; the report's form does not.
 
+#![allow(clippy::unwrap_used, reason = "a test that panics has failed")]
 use std::process::{Command, Output};
 
 fn pulau(args: &[&str]) -> Output {
