@@ -7,7 +7,7 @@
 use std::io;
 
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 
 use crate::arch::layout;
 
@@ -65,6 +65,14 @@ pub fn create(size_mib: u64, huge: bool) -> Result<Memory, MemoryError> {
     Ok(Memory::from_regions(regions)?)
 }
 
+/// Asks the host to back guest memory with transparent huge pages; a host that does not is no error.
+pub fn advise_huge(memory: &Memory) {
+    for region in memory.iter() {
+        // SAFETY: the range is the region's own mapping; the call changes no contents.
+        unsafe { libc::madvise(region.as_ptr().cast(), region.len() as usize, libc::MADV_HUGEPAGE) };
+    }
+}
+
 /// Guest physical ranges (start, length in bytes) that hold `size` bytes of memory.
 pub fn ranges(size: u64) -> impl Iterator<Item = (u64, u64)> {
     let low = size.min(layout::MMIO_HOLE_START);
@@ -75,7 +83,6 @@ pub fn ranges(size: u64) -> impl Iterator<Item = (u64, u64)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
     #[test]
     fn memory_below_the_hole_is_one_range() {

@@ -37,6 +37,8 @@ pub const LOW_MEMORY_END: u64 = 0x9_fc00;
 pub const MP_TABLE: u64 = LOW_MEMORY_END;
 /// ACPI root pointer; the other tables follow in the same area.
 pub const RSDP: u64 = 0xe_0000;
+/// VM generation identifier, 16 bytes.
+pub const VMGENID: u64 = 0xf_f000;
 /// End of the area for firmware tables.
 pub const FIRMWARE_END: u64 = 0x10_0000;
 /// Where a kernel's protected-mode code is put, and the lowest address an ELF segment may have.

@@ -1,3 +1,7 @@
 //! x86_64: address map, boot protocols, CPU state, ACPI and MP tables.
 
+pub mod acpi;
+pub mod boot;
+pub mod cpu;
 pub mod layout;
+pub mod mptable;

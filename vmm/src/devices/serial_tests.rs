@@ -1,0 +1,121 @@
+use super::*;
+use crate::event_loop::EventLoop;
+
+struct Fixture {
+    event_loop: EventLoop,
+    port: SerialPort,
+    console: Arc<Mutex<Console>>,
+}
+
+fn fixture(sink: Sink) -> Fixture {
+    let (port, console) = create(EventFd::new(libc::EFD_NONBLOCK).unwrap(), sink).unwrap();
+    let console = Arc::new(Mutex::new(console));
+    let mut event_loop = EventLoop::new().unwrap();
+    let events = event_loop.subscribe(console.clone());
+    lock(&console).attach(events).unwrap();
+    Fixture { event_loop, port, console }
+}
+
+fn print(port: &SerialPort, text: &[u8]) {
+    for byte in text {
+        port.write(0, &[*byte]);
+    }
+}
+
+fn pipe() -> (File, File) {
+    let (read, write) = nix::unistd::pipe().unwrap();
+    (read.into(), write.into())
+}
+
+#[test]
+fn output_arrives_in_order_and_in_few_writes() {
+    let (mut read, write) = pipe();
+    let mut f = fixture(Sink::Files { output: write, input: None });
+    let text: Vec<u8> = (0..3000).map(|i| b'a' + (i % 26) as u8).collect();
+    print(&f.port, &text);
+    f.event_loop.run_once(1000).unwrap();
+    let mut got = vec![0; 4096];
+    let count = read.read(&mut got).unwrap();
+    assert_eq!(&got[..count], &text[..]);
+}
+
+#[test]
+fn a_sink_that_blocks_never_blocks_the_guest_or_the_loop() {
+    let (mut read, write) = pipe();
+    let mut f = fixture(Sink::Files { output: write, input: None });
+    for _ in 0..300 {
+        print(&f.port, &[b'x'; 1024]);
+        f.event_loop.run_once(0).unwrap();
+    }
+    assert_eq!(lock(&lock(&f.console).pending).bytes.len(), BUFFER);
+    assert!(lock(&lock(&f.console).pending).dropped > 0);
+    let mut drained = vec![0; 1 << 20];
+    let mut total = read.read(&mut drained).unwrap();
+    for _ in 0..50 {
+        f.event_loop.run_once(0).unwrap();
+    }
+    total += read.read(&mut drained).unwrap();
+    assert!(total > BUFFER, "{total}");
+    assert!(lock(&lock(&f.console).pending).bytes.is_empty(), "what was kept arrives once there is room");
+}
+
+#[test]
+fn input_waits_for_room_and_is_complete() {
+    let (input, mut keyboard) = pipe();
+    let (_read, write) = pipe();
+    let mut f = fixture(Sink::Files { output: write, input: Some(input) });
+    let text: Vec<u8> = (0..500u32).map(|i| i as u8).collect();
+    keyboard.write_all(&text).unwrap();
+    let mut got = Vec::new();
+    for _ in 0..2000 {
+        f.event_loop.run_once(0).unwrap();
+        let mut status = [0];
+        f.port.read(5, &mut status);
+        if status[0] & 1 == 1 {
+            let mut byte = [0];
+            f.port.read(0, &mut byte);
+            got.push(byte[0]);
+        }
+    }
+    assert_eq!(got, text);
+    drop(keyboard);
+    f.event_loop.run_once(100).unwrap();
+    assert!(!lock(&f.console).input_open);
+}
+
+#[test]
+fn a_client_attaches_sees_what_was_written_and_may_come_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("console");
+    let mut f = fixture(Sink::Socket(UnixListener::bind(&path).unwrap()));
+    print(&f.port, b"before ");
+    f.event_loop.run_once(0).unwrap();
+    let mut first = UnixStream::connect(&path).unwrap();
+    f.event_loop.run_once(1000).unwrap();
+    print(&f.port, b"after");
+    f.event_loop.run_once(1000).unwrap();
+    let mut got = [0; 64];
+    let count = first.read(&mut got).unwrap();
+    assert_eq!(&got[..count], b"before after");
+
+    let mut second = UnixStream::connect(&path).unwrap();
+    f.event_loop.run_once(1000).unwrap();
+    assert_eq!(second.read(&mut got).unwrap(), 0, "refused while another is attached");
+
+    first.write_all(b"k").unwrap();
+    f.event_loop.run_once(1000).unwrap();
+    let mut byte = [0];
+    f.port.read(0, &mut byte);
+    assert_eq!(byte, [b'k']);
+
+    drop(first);
+    for _ in 0..3 {
+        f.event_loop.run_once(10).unwrap();
+    }
+    let mut third = UnixStream::connect(&path).unwrap();
+    f.event_loop.run_once(1000).unwrap();
+    print(&f.port, b"again");
+    f.event_loop.run_once(1000).unwrap();
+    let count = third.read(&mut got).unwrap();
+    assert_eq!(&got[..count], b"again");
+}

@@ -1,0 +1,72 @@
+//! What a running machine can be asked for.
+
+use super::Machine;
+use crate::config::{
+    BalloonHintingStart, BalloonHintingStatus, BalloonStats, DriveUpdate, NetworkInterfaceUpdate, PmemUpdate,
+};
+use crate::control::{self, MachineError};
+
+impl control::Machine for Machine {
+    fn pause(&mut self) -> Result<(), MachineError> {
+        for vcpu in &self.vcpus {
+            vcpu.pause();
+        }
+        for vcpu in &self.vcpus {
+            vcpu.wait_paused();
+        }
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), MachineError> {
+        self.run();
+        Ok(())
+    }
+
+    fn send_ctrl_alt_del(&mut self) -> Result<(), MachineError> {
+        if self.keyboard.ctrl_alt_del() {
+            Ok(())
+        } else {
+            Err(MachineError::Failed("the guest has not read the last Ctrl+Alt+Del yet".into()))
+        }
+    }
+
+    fn update_drive(&mut self, update: &DriveUpdate) -> Result<(), MachineError> {
+        Err(MachineError::NoSuchDevice { kind: "drive", id: update.drive_id.clone() })
+    }
+
+    fn update_network_interface(&mut self, update: &NetworkInterfaceUpdate) -> Result<(), MachineError> {
+        Err(MachineError::NoSuchDevice { kind: "network interface", id: update.iface_id.clone() })
+    }
+
+    fn update_pmem(&mut self, update: &PmemUpdate) -> Result<(), MachineError> {
+        Err(MachineError::NoSuchDevice { kind: "pmem device", id: update.id.clone() })
+    }
+
+    fn set_balloon_target(&mut self, _amount_mib: u32) -> Result<(), MachineError> {
+        Err(no_balloon())
+    }
+
+    fn set_balloon_stats_interval(&mut self, _seconds: u16) -> Result<(), MachineError> {
+        Err(no_balloon())
+    }
+
+    fn balloon_stats(&mut self) -> Result<BalloonStats, MachineError> {
+        Err(no_balloon())
+    }
+
+    fn start_balloon_hinting(&mut self, _start: &BalloonHintingStart) -> Result<(), MachineError> {
+        Err(no_balloon())
+    }
+
+    fn balloon_hinting_status(&mut self) -> Result<BalloonHintingStatus, MachineError> {
+        Err(no_balloon())
+    }
+
+    fn stop_balloon_hinting(&mut self) -> Result<(), MachineError> {
+        Err(no_balloon())
+    }
+}
+
+fn no_balloon() -> MachineError {
+    MachineError::NotConfigured("this microVM has no balloon; configure one before it starts".into())
+}
