@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use log::warn;
 use vmm_sys_util::timerfd::TimerFd;
 
+use crate::config::{RateLimiterConfig, TokenBucketConfig};
 use crate::event_loop::{EventSet, Events};
 
 /// One limit. See the module's text.
@@ -49,6 +50,12 @@ impl TokenBucket {
             level: full(size, refill_ns),
             at: now,
         })
+    }
+
+    /// The bucket a client configured.
+    pub fn from_config(config: &TokenBucketConfig, now: Instant) -> Option<Self> {
+        let refill_time = Duration::from_millis(config.refill_time);
+        Self::new(config.size, config.one_time_burst.unwrap_or(0), refill_time, now)
     }
 
     /// Takes `tokens`, or says how long from `now` until they can be taken and takes none.
@@ -95,16 +102,6 @@ fn full(size: u64, refill_ns: u64) -> i128 {
     i128::from(size) * i128::from(refill_ns)
 }
 
-/// A change of one of a limiter's buckets.
-#[derive(Debug, Clone, Default)]
-pub enum BucketUpdate {
-    /// It stays as it is, with what it holds.
-    #[default]
-    Keep,
-    /// Another one, or none, takes its place.
-    Replace(Option<TokenBucket>),
-}
-
 /// Limits the operations and the bytes of one direction of a device.
 #[derive(Debug)]
 pub struct RateLimiter {
@@ -118,6 +115,13 @@ impl RateLimiter {
     /// Limits by the buckets given. Fails only where the host gives no timer.
     pub fn new(ops: Option<TokenBucket>, bytes: Option<TokenBucket>) -> std::io::Result<Self> {
         Ok(Self { ops, bytes, timer: TimerFd::new()?, blocked: false })
+    }
+
+    /// Limits as a client configured; `None` limits nothing until an update does.
+    pub fn from_config(config: Option<&RateLimiterConfig>) -> std::io::Result<Self> {
+        let now = Instant::now();
+        let bucket = |b: Option<TokenBucketConfig>| b.and_then(|b| TokenBucket::from_config(&b, now));
+        Self::new(config.and_then(|c| bucket(c.ops)), config.and_then(|c| bucket(c.bandwidth)))
     }
 
     /// Has `events` report with `token` when what was blocked may be tried again; the subscriber then
@@ -172,13 +176,16 @@ impl RateLimiter {
         self.blocked = false;
     }
 
-    /// Changes the limits at once. What is blocked is tried again under the new ones: the timer reports.
-    pub fn update(&mut self, ops: BucketUpdate, bytes: BucketUpdate) {
-        if let BucketUpdate::Replace(bucket) = ops {
-            self.ops = bucket;
+    /// Changes the limits at once: a bucket that is absent from `config` stays as it is with what it
+    /// holds, one that is given takes its place (full), and one that limits nothing removes it. What is
+    /// blocked is tried again under the new limits: the timer reports.
+    pub fn update(&mut self, config: &RateLimiterConfig) {
+        let now = Instant::now();
+        if let Some(bucket) = &config.ops {
+            self.ops = TokenBucket::from_config(bucket, now);
         }
-        if let BucketUpdate::Replace(bucket) = bytes {
-            self.bytes = bucket;
+        if let Some(bucket) = &config.bandwidth {
+            self.bytes = TokenBucket::from_config(bucket, now);
         }
         if self.blocked {
             self.arm(Duration::from_nanos(1));

@@ -160,8 +160,25 @@ fn new_limits_release_what_waits() {
     lock(&device).0.register(&events, 9).unwrap();
     assert!(lock(&device).0.admit(1));
     assert!(!lock(&device).0.admit(1));
-    lock(&device).0.update(BucketUpdate::Replace(None), BucketUpdate::Keep);
+    let none = TokenBucketConfig::default();
+    lock(&device).0.update(&RateLimiterConfig { ops: Some(none), bandwidth: None });
     event_loop.run_once(5000).unwrap();
     assert_eq!(lock(&device).1, 1);
     assert!(lock(&device).0.admit(1));
+}
+
+#[test]
+fn an_update_changes_what_it_names() {
+    let bucket = |size| Some(TokenBucketConfig { size, one_time_burst: Some(5), refill_time: 1000 });
+    let config = RateLimiterConfig { bandwidth: bucket(100), ops: bucket(10) };
+    let mut limiter = RateLimiter::from_config(Some(&config)).unwrap();
+    let held = |b: &Option<TokenBucket>| b.as_ref().map(TokenBucket::available);
+    assert!(limiter.admit_at(50, Instant::now()));
+    assert_eq!((held(&limiter.ops), held(&limiter.bytes)), (Some(14), Some(55)));
+    limiter.update(&RateLimiterConfig { bandwidth: None, ops: bucket(20) });
+    assert_eq!((held(&limiter.ops), held(&limiter.bytes)), (Some(25), Some(55)));
+    let none = Some(TokenBucketConfig::default());
+    limiter.update(&RateLimiterConfig { bandwidth: none, ops: None });
+    assert_eq!((held(&limiter.ops), held(&limiter.bytes)), (Some(25), None));
+    assert!(RateLimiter::from_config(None).unwrap().admit(u64::MAX));
 }
