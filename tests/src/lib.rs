@@ -1,1 +1,42 @@
-//! Whole-system tests of Pulau.
+//! The frame of the whole-system tests: starts a real `pulau-vmm`, speaks its control API, reaches the
+//! guest's agent, and looks at what the host has left afterwards.
+//!
+//! The tests find what they need by environment, set by `scripts/test`: the binaries in `PULAU_BIN_DIR`,
+//! the images in `PULAU_TEST_*`. They need a KVM that can boot a kernel. Everything waits with a bound:
+//! [`PATIENCE`] is generous because the machine may itself be emulated.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+pub mod api;
+pub mod footprint;
+pub mod guest;
+pub mod vmm;
+
+/// How long anything in a guest may take before a test gives up.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
+/// An artifact named by environment variable `name`.
+pub fn artifact(name: &str) -> PathBuf {
+    match std::env::var_os(name) {
+        Some(path) => path.into(),
+        None => panic!("{name} is not set: run the whole-system tests by scripts/test"),
+    }
+}
+
+/// A built program of this project.
+pub fn program(name: &str) -> PathBuf {
+    artifact("PULAU_BIN_DIR").join(name)
+}
+
+/// Waits until `condition` gives something, at most `patience`.
+pub fn wait_for<T>(what: &str, patience: Duration, mut condition: impl FnMut() -> Option<T>) -> T {
+    let deadline = std::time::Instant::now() + patience;
+    loop {
+        if let Some(value) = condition() {
+            return value;
+        }
+        assert!(std::time::Instant::now() < deadline, "gave up waiting for {what} after {patience:?}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
