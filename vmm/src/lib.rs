@@ -7,6 +7,7 @@ pub mod config;
 pub mod control;
 pub mod devices;
 pub mod event_loop;
+pub mod jail;
 pub mod loader;
 pub mod machine;
 pub mod memory;
