@@ -49,7 +49,7 @@ pub enum Action {
     Resume,
     CreateSnapshot(SnapshotCreateConfig),
     LoadSnapshot(SnapshotLoadConfig),
-    /// A part of Firecracker's API that is not here: what it is called.
+    /// A part of Firecracker's API that is not here: what it is called, with its verb ("Snapshots are").
     Unsupported(&'static str),
 }
 

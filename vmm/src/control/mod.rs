@@ -1,5 +1,212 @@
 //! The controller: does what the control API asks, where the microVM's state allows it.
+//!
+//! ```text
+//!                     Start                     Pause
+//!   Not started ────────────────▶ Running ◀──────────────▶ Paused
+//!        │  ▲                        │          Resume        │
+//!        └──┘ Start failed           └───────▶ exit ◀─────────┘
+//! ```
+//!
+//! *Not started*: the process is there and nothing of the microVM is. Requests put together its
+//! configuration; each is taken whole or refused whole. What acts on a running machine is refused with
+//! [`ControlError::NotBeforeStart`].
+//!
+//! *Start* checks that the configuration can boot and hands it to the [`MachineBuilder`]. If that fails
+//! nothing of the machine is left, the state remains *Not started*, and the client may correct the
+//! configuration and try again. If it succeeds the state is *Running*, and what configures a machine is
+//! refused with [`ControlError::NotAfterStart`] from then on.
+//!
+//! *Pause* stops every vCPU and device; *Resume* lets them go on. Asking for the state there already is
+//! succeeds and does nothing. If the machine fails to pause or resume, the state is the one before.
+//! Everything else a running machine does (new file behind a drive, new limits, balloon, metadata,
+//! metrics) it also does while paused.
+//!
+//! *Exit* is not the controller's: the guest stops, resets or crashes, or a signal comes, and the main
+//! loop ends the process with one of the codes in [`crate::exit`], whatever state this is in.
+//!
+//! The configuration is kept after the start and follows every update, so that the client reads what
+//! is, not what was. The controller makes no system call but to look at files a request names; it knows
+//! neither HTTP nor KVM.
 
+mod error;
+mod files;
 mod machine;
+mod runtime;
 
+use serde_json::Value;
+
+pub use error::ControlError;
 pub use machine::{Machine, MachineBuilder, MachineError, StartError};
+
+use crate::api::{Action, Answer};
+use crate::config::{FullVmConfig, InstanceInfo, MmdsConfig, VmConfig, VmState};
+use crate::event_loop::lock;
+use crate::mmds::{Mmds, SharedMmds};
+use crate::{logger, metrics};
+
+/// The name `GET /` gives as `app_name`.
+const APP_NAME: &str = "Pulau";
+
+/// The microVM as far as there is one.
+enum Stage {
+    NotStarted(Box<dyn MachineBuilder>),
+    Started { machine: Box<dyn Machine>, paused: bool },
+}
+
+/// See the module's text.
+pub struct Controller {
+    instance_id: String,
+    config: VmConfig,
+    mmds: SharedMmds,
+    stage: Stage,
+}
+
+type Outcome = Result<Answer, ControlError>;
+
+impl Controller {
+    /// A controller of a microVM that is not started and has the default configuration. `mmds` is also
+    /// the builder's, where its machines are to serve it.
+    pub fn new(instance_id: String, mmds: SharedMmds, builder: Box<dyn MachineBuilder>) -> Self {
+        Self { instance_id, config: VmConfig::default(), mmds, stage: Stage::NotStarted(builder) }
+    }
+
+    /// Where the microVM is in its life.
+    pub fn state(&self) -> VmState {
+        match &self.stage {
+            Stage::NotStarted(_) => VmState::NotStarted,
+            Stage::Started { paused: false, .. } => VmState::Running,
+            Stage::Started { paused: true, .. } => VmState::Paused,
+        }
+    }
+
+    /// The configuration as it is now.
+    pub fn config(&self) -> &VmConfig {
+        &self.config
+    }
+
+    /// Takes a whole configuration, as from `--config-file`. With an error the microVM's configuration
+    /// is as before.
+    pub fn load(&mut self, full: FullVmConfig) -> Result<(), ControlError> {
+        if let Some(config) = &full.logger {
+            logger::configure(config)?;
+        }
+        if let Some(config) = &full.metrics {
+            metrics::configure(config, &self.instance_id)?;
+        }
+        let config = VmConfig::try_from(full)?;
+        if let Some(boot_source) = &config.boot_source {
+            files::check_boot_source(boot_source)?;
+        }
+        config.drives.iter().try_for_each(files::check_drive)?;
+        config.pmem.iter().try_for_each(files::check_pmem)?;
+        if let Some(mmds) = &config.mmds {
+            self.mmds().configure(mmds.version, mmds.imds_compat);
+        }
+        self.config = config;
+        Ok(())
+    }
+
+    /// Does what a request asks for.
+    pub fn handle(&mut self, action: Action) -> Outcome {
+        match action {
+            Action::GetInstanceInfo => Ok(Answer::InstanceInfo(self.instance_info())),
+            Action::GetVersion => Ok(Answer::Version(env!("CARGO_PKG_VERSION").to_owned())),
+            Action::GetFullConfig => Ok(Answer::FullConfig(Box::new(FullVmConfig::from(&self.config)))),
+            Action::GetMachineConfig => Ok(Answer::MachineConfig(self.config.machine.clone())),
+            Action::GetBalloon => {
+                let balloon = self.config.balloon.clone();
+                balloon.map(Answer::Balloon).ok_or(ControlError::NoBalloon)
+            }
+            Action::GetMmds => Ok(Answer::Mmds(self.mmds().json())),
+            Action::PutMmds(document) => self.put_mmds(document),
+            Action::PatchMmds(patch) => {
+                self.mmds().patch(&patch)?;
+                Ok(Answer::Done)
+            }
+            Action::Unsupported(what) => Err(ControlError::Unsupported(what)),
+            action => match &mut self.stage {
+                Stage::NotStarted(_) => self.handle_before_start(action),
+                Stage::Started { machine, paused } => {
+                    runtime::handle(machine.as_mut(), paused, &mut self.config, action)
+                }
+            },
+        }
+    }
+
+    fn handle_before_start(&mut self, action: Action) -> Outcome {
+        let config = &mut self.config;
+        match action {
+            Action::SetMachineConfig(machine) => config.set_machine(machine)?,
+            Action::UpdateMachineConfig(update) => {
+                config.set_machine(config.machine.updated(&update))?;
+            }
+            Action::SetCpuConfig(cpu) => config.set_cpu(cpu)?,
+            Action::SetBootSource(boot_source) => {
+                boot_source.check()?;
+                files::check_boot_source(&boot_source)?;
+                config.set_boot_source(boot_source)?;
+            }
+            Action::SetDrive(drive) => {
+                drive.check()?;
+                files::check_drive(&drive)?;
+                config.set_drive(drive)?;
+            }
+            Action::SetPmem(pmem) => {
+                pmem.check()?;
+                files::check_pmem(&pmem)?;
+                config.set_pmem(pmem)?;
+            }
+            Action::SetNetworkInterface(interface) => config.set_network_interface(interface)?,
+            Action::SetVsock(vsock) => config.set_vsock(vsock)?,
+            Action::SetEntropy(entropy) => config.set_entropy(entropy),
+            Action::SetSerial(serial) => config.set_serial(serial),
+            Action::SetBalloon(balloon) => config.set_balloon(balloon)?,
+            Action::SetMmdsConfig(mmds) => self.set_mmds_config(mmds)?,
+            Action::SetLogger(logger) => logger::configure(&logger)?,
+            Action::SetMetrics(metrics) => metrics::configure(&metrics, &self.instance_id)?,
+            Action::Start => self.start()?,
+            Action::LoadSnapshot(_) => return Err(ControlError::Unsupported("Snapshots are")),
+            _ => return Err(ControlError::NotBeforeStart),
+        }
+        Ok(Answer::Done)
+    }
+
+    fn start(&mut self) -> Result<(), ControlError> {
+        let Stage::NotStarted(builder) = &mut self.stage else {
+            return Err(ControlError::NotAfterStart);
+        };
+        self.config.check_bootable()?;
+        let machine = builder.start(&self.config)?;
+        self.stage = Stage::Started { machine, paused: false };
+        log::info!("The microVM was started.");
+        Ok(())
+    }
+
+    fn instance_info(&self) -> InstanceInfo {
+        InstanceInfo {
+            id: self.instance_id.clone(),
+            state: self.state(),
+            vmm_version: env!("CARGO_PKG_VERSION").to_owned(),
+            app_name: APP_NAME.to_owned(),
+        }
+    }
+
+    fn set_mmds_config(&mut self, config: MmdsConfig) -> Result<(), ControlError> {
+        let (version, imds_compat) = (config.version, config.imds_compat);
+        self.config.set_mmds(config)?;
+        self.mmds().configure(version, imds_compat);
+        Ok(())
+    }
+
+    fn put_mmds(&mut self, document: Value) -> Outcome {
+        self.mmds().put(document)?;
+        Ok(Answer::Done)
+    }
+
+    fn mmds(&self) -> std::sync::MutexGuard<'_, Mmds> {
+        lock(&self.mmds)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,53 @@
+//! How the process ends: its exit codes.
+
+/// Exit code of the process. Those from 148 are Firecracker's, where it has one for the same reason; those
+/// from 64 to 67 are our own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum ExitCode {
+    /// The guest powered off, or the process was asked to end (SIGTERM, SIGINT).
+    Ok = 0,
+    /// Something failed; the log and standard error say what.
+    Error = 1,
+    /// The guest asked for a reset: microVMs do not reboot, whoever started this one starts it again.
+    GuestReboot = 64,
+    /// The guest's kernel panicked and said so.
+    GuestPanic = 65,
+    /// A vCPU shut down after a triple fault, and the guest had not asked for it.
+    TripleFault = 66,
+    /// KVM could not go on: an internal error, a failed entry, or an exit nothing here handles.
+    KvmError = 67,
+    /// A thread made a system call its filter does not allow.
+    BadSyscall = 148,
+    /// The process got SIGBUS.
+    Sigbus = 149,
+    /// The process got SIGSEGV.
+    Sigsegv = 150,
+    /// The process got SIGXFSZ: a file grew over its limit.
+    Sigxfsz = 151,
+    /// The configuration (`--config-file`, `--level`) cannot be used.
+    BadConfiguration = 152,
+    /// The command line cannot be used.
+    BadArguments = 153,
+    /// The process got SIGXCPU: it used up its CPU time.
+    Sigxcpu = 154,
+    /// The process got SIGPIPE.
+    Sigpipe = 155,
+    /// The process got SIGHUP.
+    Sighup = 156,
+    /// The process got SIGILL.
+    Sigill = 157,
+}
+
+impl ExitCode {
+    /// The number.
+    pub const fn code(self) -> u8 {
+        self as u8
+    }
+}
+
+impl From<ExitCode> for std::process::ExitCode {
+    fn from(code: ExitCode) -> Self {
+        std::process::ExitCode::from(code.code())
+    }
+}
