@@ -22,7 +22,11 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::event_loop::{Events, Subscriber};
 use crate::memory::Memory;
 
+pub mod buffers;
 pub mod mmio;
+#[cfg(test)]
+pub mod testing;
+pub mod vsock;
 
 /// `VIRTIO_F_VERSION_1` (bit 32): offered by the transport for every device.
 pub const F_VERSION_1: u64 = 1 << 32;
