@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Helpers shared by the scripts: messages, the cache, content addresses, and Debian packages.
 # Sourced by bash scripts with `set -euo pipefail`; it runs nothing by itself and changes no state
 # outside the cache, except that `need_packages` installs Debian packages after saying which.
@@ -69,7 +70,8 @@ need_packages() {
     done
     ((${#missing[@]} + ${#backports[@]})) || return 0
 
-    local source="deb $(debian_mirror) bookworm-backports main"
+    local source
+    source="deb $(debian_mirror) bookworm-backports main"
     local list=/etc/apt/sources.list.d/bookworm-backports.list
     local codename
     codename=$(. /etc/os-release && printf '%s' "${VERSION_CODENAME:-}")
@@ -136,4 +138,48 @@ with_progress() {
     fi
     rm -f "$out"
     return "$status"
+}
+
+# need_rust: cargo, and the C parts it links with. rustup is not a Debian package, and Debian's own
+# cargo is too old, so this can only say what to do.
+need_rust() {
+    local wanted
+    wanted=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$repo_dir/Cargo.toml")
+    if ! command -v cargo >/dev/null && [[ -x $HOME/.cargo/bin/cargo ]]; then
+        PATH=$HOME/.cargo/bin:$PATH
+    fi
+    command -v cargo >/dev/null || die "cargo is missing: install Rust $wanted or newer with rustup
+    (https://rustup.rs), for example:  curl https://sh.rustup.rs -sSf | sh -s -- -y --profile minimal"
+    need_packages gcc libc6-dev
+}
+
+# Where cargo puts programs: programs_dir release|debug. They are built for a named target; see
+# .cargo/config.toml.
+programs_dir() {
+    local host target=${CARGO_TARGET_DIR:-$repo_dir/target}
+    host=$(rustc -vV | sed -n 's/^host: //p')
+    [[ $target == /* ]] || target=$PWD/$target
+    printf '%s/%s/%s\n' "$target" "$host" "$1"
+}
+
+# place_to_run PROGRAMS: prints `here` or `test-host`: where microVMs run. `pulau doctor` tells, by running
+# a guest. PULAU_PLACE=here or PULAU_PLACE=test-host decides without asking.
+place_to_run() {
+    local pulau=$1/pulau
+    case ${PULAU_PLACE:-} in
+        here | test-host) printf '%s\n' "$PULAU_PLACE"; return ;;
+        '') ;;
+        *) die "PULAU_PLACE is '$PULAU_PLACE'; it can be here or test-host" ;;
+    esac
+    if ! timeout 60 "$pulau" doctor --check kvm --quiet; then
+        log "this machine has no KVM that runs ordinary guests (\`pulau doctor\` says why): using the test host"
+        printf 'test-host\n'
+    elif ! timeout 60 "$pulau" doctor --quiet; then
+        timeout 60 "$pulau" doctor >&2 || true
+        log "KVM is real here, but something else is missing (above): using the test host"
+        printf 'test-host\n'
+    else
+        log "KVM is real here: using this machine"
+        printf 'here\n'
+    fi
 }
