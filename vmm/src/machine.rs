@@ -287,7 +287,6 @@ struct Placer<'a> {
     windows: Vec<VirtioWindow>,
 }
 
-#[expect(dead_code, reason = "the first device lands next")]
 impl Placer<'_> {
     fn place(&mut self, device: Arc<Mutex<dyn VirtioDevice>>) -> Result<(), BuildError> {
         const ROOM: usize = (layout::IRQ_LAST - IRQ_VMGENID) as usize;
