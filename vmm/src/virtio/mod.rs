@@ -24,6 +24,7 @@ use crate::memory::Memory;
 
 pub mod buffers;
 pub mod mmio;
+pub mod rng;
 #[cfg(test)]
 pub mod testing;
 pub mod vsock;
