@@ -5,6 +5,7 @@ use crate::config::{
     BalloonHintingStart, BalloonHintingStatus, BalloonStats, DriveUpdate, NetworkInterfaceUpdate, PmemUpdate,
 };
 use crate::control::{self, MachineError};
+use crate::event_loop::lock;
 
 impl control::Machine for Machine {
     fn pause(&mut self) -> Result<(), MachineError> {
@@ -14,10 +15,12 @@ impl control::Machine for Machine {
         for vcpu in &self.vcpus {
             vcpu.wait_paused();
         }
+        self.devices.pause();
         Ok(())
     }
 
     fn resume(&mut self) -> Result<(), MachineError> {
+        self.devices.resume();
         self.run();
         Ok(())
     }
@@ -31,7 +34,10 @@ impl control::Machine for Machine {
     }
 
     fn update_drive(&mut self, update: &DriveUpdate) -> Result<(), MachineError> {
-        Err(MachineError::NoSuchDevice { kind: "drive", id: update.drive_id.clone() })
+        let id = || update.drive_id.clone();
+        let drive = self.devices.drive(&update.drive_id);
+        let drive = drive.ok_or_else(|| MachineError::NoSuchDevice { kind: "drive", id: id() })?;
+        lock(drive).update(update).map_err(MachineError::failed)
     }
 
     fn update_network_interface(&mut self, update: &NetworkInterfaceUpdate) -> Result<(), MachineError> {

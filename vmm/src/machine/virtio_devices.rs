@@ -5,6 +5,9 @@ use std::sync::{Arc, Mutex};
 
 use super::{BuildError, Placer};
 use crate::config::VmConfig;
+use crate::event_loop::lock;
+use crate::virtio::VirtioDevice;
+use crate::virtio::block::{Block, BlockError};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Vsock, VsockError};
 
@@ -14,6 +17,9 @@ pub enum DeviceError {
     /// The host gave no descriptors for a device.
     #[error("{0}: {1}")]
     Host(&'static str, #[source] io::Error),
+    /// See [`BlockError`].
+    #[error(transparent)]
+    Block(#[from] BlockError),
     /// See [`VsockError`].
     #[error(transparent)]
     Vsock(#[from] VsockError),
@@ -21,17 +27,49 @@ pub enum DeviceError {
 
 /// Handles by which running devices are adjusted.
 #[derive(Default)]
-pub struct Devices {}
+pub struct Devices {
+    all: Vec<Arc<Mutex<dyn VirtioDevice>>>,
+    drives: Vec<Arc<Mutex<Block>>>,
+}
+
+impl Devices {
+    fn add(&mut self, placer: &mut Placer, device: Arc<Mutex<dyn VirtioDevice>>) -> Result<(), BuildError> {
+        placer.place(device.clone())?;
+        self.all.push(device);
+        Ok(())
+    }
+
+    /// Stops every device.
+    pub fn pause(&self) {
+        self.all.iter().for_each(|d| lock(d).pause());
+    }
+
+    /// Lets every device go on.
+    pub fn resume(&self) {
+        self.all.iter().for_each(|d| lock(d).resume());
+    }
+
+    /// The drive with this id.
+    pub fn drive(&self, id: &str) -> Option<&Arc<Mutex<Block>>> {
+        self.drives.iter().find(|d| lock(d).id() == id)
+    }
+}
 
 /// Makes and places every device of `config`.
 pub(super) fn create(config: &VmConfig, placer: &mut Placer) -> Result<Devices, BuildError> {
+    let mut devices = Devices::default();
+    for drive in &config.drives {
+        let device = Arc::new(Mutex::new(Block::new(drive).map_err(DeviceError::from)?));
+        devices.add(placer, device.clone())?;
+        devices.drives.push(device);
+    }
     if let Some(vsock) = &config.vsock {
         let device = Vsock::new(vsock.guest_cid.into(), &vsock.uds_path).map_err(DeviceError::from)?;
-        placer.place(Arc::new(Mutex::new(device)))?;
+        devices.add(placer, Arc::new(Mutex::new(device)))?;
     }
     if let Some(entropy) = &config.entropy {
         let device = Rng::new(entropy.rate_limiter.as_ref()).map_err(|e| DeviceError::Host("entropy", e))?;
-        placer.place(Arc::new(Mutex::new(device)))?;
+        devices.add(placer, Arc::new(Mutex::new(device)))?;
     }
-    Ok(Devices::default())
+    Ok(devices)
 }

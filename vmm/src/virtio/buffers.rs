@@ -60,7 +60,7 @@ unsafe impl Send for GuestBuffers {}
 impl GuestBuffers {
     /// An empty list of pieces of `memory`.
     pub fn new(memory: Arc<Memory>) -> Self {
-        Self { memory, pieces: Vec::with_capacity(64), len: 0 }
+        Self { memory, pieces: Vec::new(), len: 0 }
     }
 
     /// Forgets all pieces.
@@ -114,7 +114,7 @@ impl GuestBuffers {
     }
 
     /// Appends `len` bytes at `address`. On an error some of them may have been appended.
-    fn push(&mut self, address: GuestAddress, len: u32) -> Result<(), BadChain> {
+    pub fn push(&mut self, address: GuestAddress, len: u32) -> Result<(), BadChain> {
         let outside = BadChain::OutsideMemory { address: address.raw_value(), len };
         // A buffer may run over the border of two regions; it then becomes several pieces.
         for slice in GuestMemoryBackend::get_slices(&*self.memory, address, len as usize) {
@@ -131,6 +131,19 @@ impl GuestBuffers {
             self.len += slice.len();
         }
         Ok(())
+    }
+
+    /// What is left, from byte `offset` on, of the piece that holds that byte.
+    pub fn piece_from(&self, offset: usize) -> Option<iovec> {
+        let mut skip = offset;
+        for piece in &self.pieces {
+            if skip < piece.iov_len {
+                let base = piece.iov_base.cast::<u8>().wrapping_add(skip).cast();
+                return Some(iovec { iov_base: base, iov_len: piece.iov_len - skip });
+            }
+            skip -= piece.iov_len;
+        }
+        None
     }
 
     /// Moves the first `count` bytes to the end of `to`, which must be of the same memory. Moves nothing

@@ -22,6 +22,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::event_loop::{Events, Subscriber};
 use crate::memory::Memory;
 
+pub mod block;
 pub mod buffers;
 pub mod mmio;
 pub mod rng;
@@ -156,6 +157,14 @@ pub trait VirtioDevice: Subscriber {
 
     /// The driver is ready: start work.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
+
+    /// Stops work so that the device and guest memory stand still: what is in flight is completed, and
+    /// nothing is begun, whatever is notified, until `resume`. For devices that do nothing by themselves
+    /// while vCPUs stand still and that may go on with a notification, doing nothing will do.
+    fn pause(&mut self) {}
+
+    /// Goes on after `pause`, with what was notified meanwhile too.
+    fn resume(&mut self) {}
 
     /// Stop and forget the activation. Called only when active; when it returns, the device no longer
     /// touches guest memory.

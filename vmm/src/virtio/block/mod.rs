@@ -1,0 +1,30 @@
+//! The block device (virtio 1.2, section 5.2): a raw file or a block device of the host as the guest's
+//! disk.
+//!
+//! | file | holds |
+//! | --- | --- |
+//! | `device` | the device: features, configuration space, queue, interrupts, changes while running |
+//! | `request` | what one descriptor chain asks for, checked |
+//! | `disk` | the file: its size, its lock, and the operations on it, made at once |
+//! | `uring` | the same operations made later, by io_uring |
+//!
+//! Data goes between the file and guest memory in one system call per request (`Sync`), or in one per
+//! batch of requests (`Async`), without a copy of our own. Files are used through the host's page cache.
+//!
+//! What has been flushed is never lost: with `cache_type` `Writeback` the guest is offered
+//! `VIRTIO_BLK_F_FLUSH`, and a flush is an `fdatasync`. With `Unsafe`, Firecracker's default and the
+//! API's, no flush is offered: what was written survives the death of this process, not that of the host.
+
+mod device;
+mod disk;
+mod request;
+mod uring;
+
+pub use device::{Block, BlockError, BlockMetrics};
+pub use disk::{Disk, DiskError};
+
+/// Bytes in a sector: the unit of sizes and positions, whatever the disk's own blocks.
+pub const SECTOR: u64 = 512;
+
+#[cfg(test)]
+mod tests;
