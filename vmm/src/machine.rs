@@ -136,7 +136,7 @@ impl Machine {
 
         let (mut pio, mut mmio) = (Bus::default(), Bus::default());
         let keyboard = Arc::new(I8042::new(event().map_err(host("eventfd"))?, stop.clone()));
-        vm.bind_irq(keyboard.irq(), 1)?;
+        vm.bind_irq(keyboard.irq(), layout::IRQ_KEYBOARD)?;
         pio.insert(layout::PORT_I8042, i8042::PORTS, keyboard.clone())?;
         pio.insert(layout::PORT_POWER, power::PORTS, Arc::new(Power(stop.clone())))?;
         pio.insert(layout::PORT_PVPANIC, 1, Arc::new(PvPanic(stop.clone())))?;

@@ -39,6 +39,7 @@ enum Expect {
     KeyboardCommand,
     KeyboardArgument,
     Control,
+    MouseLoop,
     Ignored,
 }
 
@@ -114,8 +115,10 @@ impl I8042 {
                 state.control &= !CONTROL_DISABLED;
                 self.interrupt(state);
             }
-            // Bytes for the output port, the keyboard's buffer and the mouse that is not there.
-            0xd1..=0xd4 => state.expect = Expect::Ignored,
+            0xa9 => self.send(state, &[0x01]), // mouse line: stuck, there is none
+            0xd3 => state.expect = Expect::MouseLoop,
+            // Bytes for the output port, the keyboard's buffer and the mouse.
+            0xd1 | 0xd2 | 0xd4 => state.expect = Expect::Ignored,
             0xfe => self.stop.stop(StopReason::Reset),
             _ => {}
         }
@@ -125,6 +128,9 @@ impl I8042 {
         state.last_was_command = false;
         match std::mem::replace(&mut state.expect, Expect::KeyboardCommand) {
             Expect::Control => state.control = value,
+            // A mouse line would echo the byte marked as the mouse's; a driver gives up on any other answer
+            // at once, where it would wait half a second for none.
+            Expect::MouseLoop => self.send(state, &[0]),
             Expect::Ignored => {}
             Expect::KeyboardArgument => self.send(state, &[ACK]),
             Expect::KeyboardCommand => match value {
@@ -216,6 +222,17 @@ mod tests {
         assert_eq!(read(&device, DATA), 0x30);
         device.write(DATA, &[0xf2]);
         assert_eq!([read(&device, DATA), read(&device, DATA), read(&device, DATA)], [ACK, 0xab, 0x83]);
+    }
+
+    #[test]
+    fn a_driver_finds_no_mouse_and_need_not_wait_for_one() {
+        let device = device();
+        device.write(COMMAND, &[0xd3]);
+        device.write(DATA, &[0x5a]);
+        assert_eq!(read(&device, COMMAND) & (STATUS_OUTPUT_FULL | 0x20), STATUS_OUTPUT_FULL);
+        assert_ne!(read(&device, DATA), 0x5a);
+        device.write(COMMAND, &[0xa9]);
+        assert!(![0, 0xfa, 0xff].contains(&read(&device, DATA)));
     }
 
     #[test]

@@ -115,6 +115,7 @@ fn dsdt(platform: &Platform) -> Sdt {
     let s5: u8 = power::SLEEP_TYPE_OFF;
     dsdt.append_slice(&bytes(&Name::new("_S5_".into(), &Package::new(vec![&s5, &ZERO]))));
     dsdt.append_slice(&serial());
+    dsdt.append_slice(&keyboard());
     dsdt.append_slice(&pvpanic());
     dsdt.append_slice(&vmgenid(platform.vmgenid_irq));
     for (index, window) in platform.virtio.iter().enumerate() {
@@ -159,6 +160,24 @@ fn serial() -> Vec<u8> {
                 &ResourceTemplate::new(vec![
                     &Interrupt::new(true, true, false, false, layout::IRQ_SERIAL),
                     &IO::new(base, base, 1, 8),
+                ]),
+            ),
+        ],
+    )
+}
+
+fn keyboard() -> Vec<u8> {
+    let (data, command) = (layout::PORT_I8042 as u16, layout::PORT_I8042 as u16 + 4);
+    system_bus_device(
+        "PS2K",
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0303")),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![
+                    &IO::new(data, data, 1, 1),
+                    &IO::new(command, command, 1, 1),
+                    &Interrupt::new(true, true, false, false, layout::IRQ_KEYBOARD),
                 ]),
             ),
         ],

@@ -61,6 +61,8 @@ pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
 /// See [`KVM_IDENTITY_MAP`].
 pub const KVM_TSS: u64 = 0xfffb_d000;
 
+/// Interrupt line of the keyboard controller.
+pub const IRQ_KEYBOARD: u32 = 1;
 /// Interrupt line of the first serial port.
 pub const IRQ_SERIAL: u32 = 4;
 /// First interrupt line of virtio devices.
