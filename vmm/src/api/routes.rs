@@ -254,3 +254,7 @@ pub fn fault(status: Status, error: &dyn std::fmt::Display) -> Response {
 fn to_json(value: &impl Serialize) -> String {
     serde_json::to_string(value).unwrap_or_default()
 }
+
+#[cfg(test)]
+#[path = "routes_tests.rs"]
+mod tests;

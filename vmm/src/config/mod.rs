@@ -63,3 +63,6 @@ pub use vsock::VsockConfig;
 
 /// The default id of a microVM whose starter gave none.
 pub const DEFAULT_INSTANCE_ID: &str = "anonymous-instance";
+
+#[cfg(test)]
+mod tests;
