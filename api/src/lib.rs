@@ -2,6 +2,7 @@
 
 pub mod cli;
 pub mod doctor;
+pub mod microvm;
 pub mod programs;
 
 /// Where Pulau keeps its data unless told otherwise.

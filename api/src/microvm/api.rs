@@ -57,9 +57,8 @@ impl Api {
     pub async fn connect(path: &Path, limit: Duration) -> Result<Self, ApiError> {
         let socket = PinnedSocket::open(path).map_err(ApiError::Connect)?;
         let stream = UnixStream::connect(socket.path()).await.map_err(ApiError::Connect)?;
-        let (sender, connection) = handshake(TokioIo::new(stream))
-            .await
-            .map_err(|e| ApiError::Connect(io::Error::other(e)))?;
+        let (sender, connection) =
+            handshake(TokioIo::new(stream)).await.map_err(|e| ApiError::Connect(io::Error::other(e)))?;
         // Ends by itself when either side closes. What goes wrong is seen by the request under way.
         tokio::spawn(async move { drop(connection.await) });
         Ok(Api { sender, limit })
@@ -113,7 +112,11 @@ impl Api {
         };
         let timed_out = |_| ApiError::TimedOut { request: name.clone(), limit };
         let (status, body) = timeout(limit, exchange).await.map_err(timed_out)??;
-        if status.is_success() { Ok(body) } else { Err(ApiError::Refused { status, message: fault(status, &body) }) }
+        if status.is_success() {
+            Ok(body)
+        } else {
+            Err(ApiError::Refused { status, message: fault(status, &body) })
+        }
     }
 }
 

@@ -45,7 +45,10 @@ impl Server {
 const NO_CONTENT: &str = "HTTP/1.1 204 No Content\r\nConnection: keep-alive\r\n\r\n";
 
 fn with_body(status: &str, body: &str) -> String {
-    format!("HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}", body.len())
+    format!(
+        "HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    )
 }
 
 #[tokio::test]

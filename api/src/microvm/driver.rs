@@ -299,8 +299,11 @@ async fn stop(
             },
             agreed = &mut asking, if !asked => {
                 asked = true;
-                // No agent, or one that does not answer: the key that init systems take for the same.
-                if !agreed && machine.action(ActionType::SendCtrlAltDel).await.is_err() {
+                // No agent, or one that does not answer: the keys that init systems take for the same.
+                if !agreed
+                    && let Err(RequestError::Vmm(ApiError::Refused { .. })) =
+                        machine.action(ActionType::SendCtrlAltDel).await
+                {
                     return Reason::Killed;
                 }
             }

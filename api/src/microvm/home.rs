@@ -16,14 +16,17 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
+use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 
 use super::cgroup;
+use super::process::PidFd;
 
 /// How long a killed VMM may take to be gone.
 const DIES_WITHIN: Duration = Duration::from_secs(5);
@@ -129,7 +132,6 @@ impl Home {
 
     /// Writes down which control group is to be removed with this home.
     pub fn record_cgroup(&self, path: &Path) -> io::Result<()> {
-        use std::os::unix::ffi::OsStrExt;
         fs::write(self.dir.join("cgroup"), path.as_os_str().as_bytes())
     }
 
@@ -189,10 +191,11 @@ fn remove(dir: &Path) -> io::Result<()> {
         Ok(path) if !path.is_empty() => cgroup::remove(Path::new(&path)),
         _ => Ok(()),
     };
-    let returned = loans(dir).iter().try_for_each(|loan| match chown(&loan.path, Some(loan.uid), Some(loan.gid)) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-        result => result,
-    });
+    let returned =
+        loans(dir).iter().try_for_each(|loan| match chown(&loan.path, Some(loan.uid), Some(loan.gid)) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            result => result,
+        });
     // A directory with a live VMM or an unreturned loan is kept: it is the only record of them.
     killed?;
     returned?;
@@ -202,38 +205,17 @@ fn remove(dir: &Path) -> io::Result<()> {
 
 /// Kills the VMM this home records, if it still runs, and waits until it is gone.
 fn kill_vmm(dir: &Path) -> io::Result<()> {
-    let Some(pid) = fs::read_to_string(dir.join("vmm.pid")).ok().and_then(|text| text.trim().parse().ok()) else {
-        return Ok(());
-    };
-    // The pidfd is taken before looking, so that what is looked at is what is killed.
-    // SAFETY: the call takes two integers.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-    let Ok(fd) = nix::errno::Errno::result(fd).map(|fd| {
-        use std::os::fd::{FromRawFd, OwnedFd};
-        // SAFETY: a fresh descriptor that nobody else owns; descriptors fit in 32 bits.
-        unsafe { OwnedFd::from_raw_fd(fd as i32) }
-    }) else {
-        return Ok(());
-    };
+    let number = fs::read_to_string(dir.join("vmm.pid")).unwrap_or_default();
+    let Ok(pid) = number.trim().parse::<i32>() else { return Ok(()) };
+    // Held before it is looked at, so that what is looked at is what is killed.
+    let Ok(process) = PidFd::open(pid) else { return Ok(()) };
     if !is_vmm_of(pid, dir) {
         return Ok(());
     }
-    use std::os::fd::{AsFd, AsRawFd};
-    // SAFETY: the descriptor is a pidfd; no siginfo is given.
-    unsafe {
-        libc::syscall(
-            libc::SYS_pidfd_send_signal,
-            fd.as_raw_fd(),
-            libc::SIGKILL,
-            std::ptr::null::<libc::siginfo_t>(),
-            0,
-        )
-    };
-    let mut poll = [nix::poll::PollFd::new(fd.as_fd(), nix::poll::PollFlags::POLLIN)];
-    let limit = nix::poll::PollTimeout::try_from(DIES_WITHIN).unwrap_or(nix::poll::PollTimeout::MAX);
-    match nix::poll::poll(&mut poll, limit) {
-        Ok(0) => Err(io::Error::new(io::ErrorKind::TimedOut, format!("VMM process {pid} does not die"))),
-        _ => Ok(()),
+    process.signal(Signal::SIGKILL)?;
+    match process.wait(DIES_WITHIN)? {
+        true => Ok(()),
+        false => Err(io::Error::new(io::ErrorKind::TimedOut, format!("VMM process {pid} does not die"))),
     }
 }
 
@@ -247,7 +229,6 @@ fn is_vmm_of(pid: i32, dir: &Path) -> bool {
     }
     let socket = dir.join("root/run/api.sock");
     let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    use std::os::unix::ffi::OsStrExt;
     arguments.split(|byte| *byte == 0).any(|argument| argument == socket.as_os_str().as_bytes())
 }
 
@@ -258,7 +239,8 @@ fn loans(dir: &Path) -> Vec<Loan> {
 
 /// The first user of [`JAIL_USERS`] that owns no home's `root/run`.
 fn free_user(run_dir: &Path) -> Option<u32> {
-    let owner = |entry: io::Result<fs::DirEntry>| Some(fs::metadata(entry.ok()?.path().join("root/run")).ok()?.uid());
+    let owner =
+        |entry: io::Result<fs::DirEntry>| Some(fs::metadata(entry.ok()?.path().join("root/run")).ok()?.uid());
     let used: Vec<u32> = fs::read_dir(run_dir).ok()?.filter_map(owner).collect();
     JAIL_USERS.into_iter().find(|user| !used.contains(user))
 }

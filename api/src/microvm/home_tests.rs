@@ -47,7 +47,8 @@ fn sweeping_ends_the_vmm_that_still_runs_and_no_other_process() {
         (home.pid_file(), home.socket("api.sock"))
     };
     let sleep = |argument: &Path| {
-        let script = Command::new("sh").args(["-c", "sleep 60; :"]).arg(argument).stdin(Stdio::null()).spawn();
+        let script =
+            Command::new("sh").args(["-c", "sleep 60; :"]).arg(argument).stdin(Stdio::null()).spawn();
         script.unwrap()
     };
     let (pid_file, socket) = left("mine");
@@ -75,8 +76,7 @@ fn each_jail_has_a_user_of_its_own_and_loans_are_returned() {
     let disk = tempfile::NamedTempFile::new().unwrap();
     let owner = || fs::metadata(disk.path()).unwrap().uid();
     let before = owner();
-    let (a, b) =
-        (Home::create(run.path(), "a", true).unwrap(), Home::create(run.path(), "b", true).unwrap());
+    let (a, b) = (Home::create(run.path(), "a", true).unwrap(), Home::create(run.path(), "b", true).unwrap());
     assert_ne!(a.jail_user(), b.jail_user());
     a.borrow(disk.path()).unwrap();
     assert_eq!(Some(owner()), a.jail_user());

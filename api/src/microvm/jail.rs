@@ -115,7 +115,13 @@ impl<'a> Jail<'a> {
     }
 
     /// Puts one file into the jail under `name`. Returns its path for the VMM.
-    fn put(&mut self, what: &'static str, path: &Path, name: &str, writable: bool) -> Result<PathBuf, JailError> {
+    fn put(
+        &mut self,
+        what: &'static str,
+        path: &Path,
+        name: &str,
+        writable: bool,
+    ) -> Result<PathBuf, JailError> {
         let problem = |problem: String| SpecError::File { what, path: path.to_owned(), problem };
         let source = path.canonicalize().map_err(|e| problem(e.to_string()))?;
         let meta = source.metadata().map_err(|e| problem(e.to_string()))?;

@@ -45,7 +45,7 @@ mod spec;
 mod start;
 mod tail;
 
-pub use api::ApiError;
+pub use api::{Api, ApiError};
 pub use boot_times::BootTimes;
 pub use driver::{MicroVm, RequestError, State, Stop};
 pub use ending::{Ending, Reason, StartError};

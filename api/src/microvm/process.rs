@@ -1,9 +1,11 @@
 //! A process held by a pidfd, so that its number may be used again without harm.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use tokio::io::Interest;
@@ -18,35 +20,65 @@ pub enum Exit {
     Unknown,
 }
 
-/// A process, usually our child. Dropping it does nothing to it; an ended child must be waited for.
+/// A process, by a descriptor: signals and waits reach it or nothing, never another of the same number.
 #[derive(Debug)]
-pub struct Process {
-    pid: i32,
-    fd: AsyncFd<OwnedFd>,
-    exit: Option<Exit>,
-}
+pub struct PidFd(OwnedFd);
 
-impl Process {
+impl PidFd {
     /// Holds the process that has the number `pid` now. For a child not yet waited for, it cannot be another.
     ///
     /// # Errors
     ///
-    /// `ESRCH` if there is none. Must be called in a tokio runtime.
+    /// `ESRCH` if there is none.
     pub fn open(pid: i32) -> io::Result<Self> {
         // SAFETY: the call takes two integers.
         let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
         let fd = i32::try_from(Errno::result(fd)?).map_err(|_| io::ErrorKind::InvalidData)?;
         // SAFETY: a fresh descriptor that nobody else owns.
-        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        Ok(Process { pid, fd: AsyncFd::with_interest(fd, Interest::READABLE)?, exit: None })
+        Ok(PidFd(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 
-    pub fn pid(&self) -> i32 {
-        self.pid
+    /// Sends a signal. A process that has ended already is not an error.
+    pub fn signal(&self, signal: Signal) -> io::Result<()> {
+        let no_information = std::ptr::null::<libc::siginfo_t>();
+        // SAFETY: the descriptor is a pidfd; no siginfo is given.
+        let result = unsafe {
+            libc::syscall(libc::SYS_pidfd_send_signal, self.0.as_raw_fd(), signal as i32, no_information, 0)
+        };
+        match Errno::result(result) {
+            Ok(_) | Err(Errno::ESRCH) => Ok(()),
+            Err(e) => Err(e.into()),
+        }
     }
 
-    pub fn fd(&self) -> BorrowedFd<'_> {
-        self.fd.get_ref().as_fd()
+    /// Blocks until the process has ended, at most for `limit`. Returns whether it has. Does not reap it.
+    pub fn wait(&self, limit: Duration) -> io::Result<bool> {
+        let mut poll = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+        let limit = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);
+        Ok(nix::poll::poll(&mut poll, limit)? > 0)
+    }
+}
+
+impl AsRawFd for PidFd {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+/// A process, usually our child. Dropping it does nothing to it; an ended child must be waited for.
+#[derive(Debug)]
+pub struct Process {
+    fd: AsyncFd<PidFd>,
+    exit: Option<Exit>,
+}
+
+impl Process {
+    /// As [`PidFd::open`]. Must be called in a tokio runtime.
+    pub fn open(pid: i32) -> io::Result<Self> {
+        let pidfd = PidFd::open(pid)?;
+        // SAFETY: a PidFd owns its descriptor and never replaces it.
+        let fd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?;
+        Ok(Process { fd, exit: None })
     }
 
     /// Waits until it has ended, and reaps it if it is our child. May be called again, and cancelled.
@@ -56,7 +88,8 @@ impl Process {
         }
         // The only error is that of a runtime shutting down, where nothing can be waited for any more.
         let _ = self.fd.readable().await;
-        let exit = match waitid(Id::PIDFd(self.fd()), WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG) {
+        let id = Id::PIDFd(self.fd.get_ref().0.as_fd());
+        let exit = match waitid(id, WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG) {
             Ok(WaitStatus::Exited(_, code)) => Exit::Code(code),
             Ok(WaitStatus::Signaled(_, signal, _)) => Exit::Signal(signal as i32),
             _ => Exit::Unknown,
@@ -65,22 +98,9 @@ impl Process {
         exit
     }
 
-    /// Sends a signal. A process that has ended already is not an error.
+    /// As [`PidFd::signal`].
     pub fn signal(&self, signal: Signal) -> io::Result<()> {
-        // SAFETY: the descriptor is a pidfd; no siginfo is given.
-        let result = unsafe {
-            libc::syscall(
-                libc::SYS_pidfd_send_signal,
-                self.fd.get_ref().as_raw_fd(),
-                signal as i32,
-                std::ptr::null::<libc::siginfo_t>(),
-                0,
-            )
-        };
-        match Errno::result(result) {
-            Ok(_) | Err(Errno::ESRCH) => Ok(()),
-            Err(e) => Err(e.into()),
-        }
+        self.fd.get_ref().signal(signal)
     }
 }
 
@@ -91,6 +111,7 @@ mod tests {
     use super::*;
 
     /// Starts a shell command whose end nobody but [`Process`] waits for.
+    #[expect(clippy::zombie_processes, reason = "reaped by Process::exited")]
     fn start(script: &str) -> Process {
         let child = Command::new("sh").args(["-c", script]).stdin(Stdio::null()).spawn().unwrap();
         Process::open(i32::try_from(child.id()).unwrap()).unwrap()

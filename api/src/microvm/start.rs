@@ -75,14 +75,20 @@ pub(super) async fn start(
         exit = vmm.exited() => return Err(StartError::Died(exit)),
     };
     time(|times| &mut times.api_ready);
-    tokio::select! {
-        biased;
-        result = configure(api, &config) => result?,
-        exit = vmm.exited() => return Err(StartError::Died(exit)),
+    let booted = async {
+        configure(api, &config).await?;
+        time(|times| &mut times.configured);
+        api.put("/actions", &ActionConfig { action_type: ActionType::InstanceStart }).await
+    };
+    match booted.await {
+        Ok(()) => time(|times| &mut times.started),
+        // Most likely the VMM has died; how it did says more than that it no longer answers.
+        Err(error @ ApiError::Broken { .. }) => match timeout(DIES_WITHIN, vmm.exited()).await {
+            Ok(exit) => return Err(StartError::Died(exit)),
+            Err(_) => return Err(error.into()),
+        },
+        Err(error) => return Err(error.into()),
     }
-    time(|times| &mut times.configured);
-    api.put("/actions", &ActionConfig { action_type: ActionType::InstanceStart }).await?;
-    time(|times| &mut times.started);
     Ok(())
 }
 

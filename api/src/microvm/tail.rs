@@ -62,7 +62,10 @@ mod tests {
 
     #[test]
     fn a_guest_cannot_steer_the_terminal() {
-        assert_eq!(last(b"\x1b[31mred\x1b[0m \x1b]0;title\x07 \x9b\xff", 1), ["red ]0;title \u{fffd}\u{fffd}"]);
+        assert_eq!(
+            last(b"\x1b[31mred\x1b[0m \x1b]0;title\x07 \x9b\xff", 1),
+            ["red ]0;title \u{fffd}\u{fffd}"]
+        );
     }
 
     #[test]
