@@ -50,7 +50,7 @@ impl Fake {
                     self.answer("204 No Content", "");
                     println!("Kernel panic - not syncing: No working init found.");
                     thread::sleep(Duration::from_millis(50));
-                    process::exit(3);
+                    process::exit(pulau_vmm::exit::ExitCode::GuestPanic as i32);
                 }
                 ("deaf", "PATCH /vm", _) => self.answer("400 Bad Request", r#"{"fault_message":"no"}"#),
                 ("listens", "PUT /actions", false) => process::exit(0),

@@ -4,6 +4,8 @@ use std::fmt;
 use std::path::Path;
 use std::time::Duration;
 
+use pulau_vmm::exit::ExitCode;
+
 use super::api::ApiError;
 use super::home::{Home, HomeError};
 use super::jail::JailError;
@@ -64,21 +66,14 @@ pub enum StartError {
     Abandoned,
 }
 
-/// Exit codes of `pulau-vmm` (its `docs/`), beside 0 for an orderly end.
-mod code {
-    pub const REBOOT: i32 = 2;
-    pub const PANIC: i32 = 3;
-    pub const TRIPLE_FAULT: i32 = 4;
-}
-
 impl Reason {
     /// What a VMM's exit says of its guest.
     pub(super) fn of_exit(exit: Exit) -> Self {
         match exit {
-            Exit::Code(0) => Reason::PoweredOff,
-            Exit::Code(code::REBOOT) => Reason::Rebooted,
-            Exit::Code(code::PANIC) => Reason::Panicked,
-            Exit::Code(code::TRIPLE_FAULT) => Reason::TripleFault,
+            Exit::Code(code) if code == ExitCode::Ok as i32 => Reason::PoweredOff,
+            Exit::Code(code) if code == ExitCode::GuestReboot as i32 => Reason::Rebooted,
+            Exit::Code(code) if code == ExitCode::GuestPanic as i32 => Reason::Panicked,
+            Exit::Code(code) if code == ExitCode::TripleFault as i32 => Reason::TripleFault,
             other => Reason::VmmFailed(other),
         }
     }
@@ -120,6 +115,9 @@ impl fmt::Display for Reason {
 impl fmt::Display for Exit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Exit::Code(code) if *code == ExitCode::BadSyscall as i32 => {
+                write!(f, "exit code {code}: a system call its filter forbids")
+            }
             Exit::Code(code) => write!(f, "exit code {code}"),
             Exit::Signal(libc::SIGSYS) => {
                 f.write_str("killed by signal 31, SIGSYS: a system call its filter forbids")
