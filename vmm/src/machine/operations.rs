@@ -45,7 +45,11 @@ impl control::Machine for Machine {
     }
 
     fn update_pmem(&mut self, update: &PmemUpdate) -> Result<(), MachineError> {
-        Err(MachineError::NoSuchDevice { kind: "pmem device", id: update.id.clone() })
+        let id = || update.id.clone();
+        let pmem = self.devices.pmem(&update.id);
+        let pmem = pmem.ok_or_else(|| MachineError::NoSuchDevice { kind: "pmem device", id: id() })?;
+        lock(pmem).update(update);
+        Ok(())
     }
 
     fn set_balloon_target(&mut self, _amount_mib: u32) -> Result<(), MachineError> {

@@ -3,11 +3,15 @@
 use std::io;
 use std::sync::{Arc, Mutex};
 
+use vm_memory::GuestMemoryBackend;
+
 use super::{BuildError, Placer};
+use crate::arch::layout;
 use crate::config::VmConfig;
 use crate::event_loop::lock;
 use crate::virtio::VirtioDevice;
 use crate::virtio::block::{Block, BlockError};
+use crate::virtio::pmem::{Pmem, PmemError};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Vsock, VsockError};
 
@@ -20,6 +24,9 @@ pub enum DeviceError {
     /// See [`BlockError`].
     #[error(transparent)]
     Block(#[from] BlockError),
+    /// See [`PmemError`].
+    #[error(transparent)]
+    Pmem(#[from] PmemError),
     /// See [`VsockError`].
     #[error(transparent)]
     Vsock(#[from] VsockError),
@@ -30,6 +37,7 @@ pub enum DeviceError {
 pub struct Devices {
     all: Vec<Arc<Mutex<dyn VirtioDevice>>>,
     drives: Vec<Arc<Mutex<Block>>>,
+    pmem: Vec<Arc<Mutex<Pmem>>>,
 }
 
 impl Devices {
@@ -53,7 +61,16 @@ impl Devices {
     pub fn drive(&self, id: &str) -> Option<&Arc<Mutex<Block>>> {
         self.drives.iter().find(|d| lock(d).id() == id)
     }
+
+    /// The persistent memory device with this id.
+    pub fn pmem(&self, id: &str) -> Option<&Arc<Mutex<Pmem>>> {
+        self.pmem.iter().find(|p| lock(p).id() == id)
+    }
 }
+
+/// Persistent memory starts at multiples of this, above all other memory: the unit in which Linux adds
+/// memory, so that none has to share one.
+const PMEM_SECTION: u64 = 128 << 20;
 
 /// Makes and places every device of `config`.
 pub(super) fn create(config: &VmConfig, placer: &mut Placer) -> Result<Devices, BuildError> {
@@ -62,6 +79,20 @@ pub(super) fn create(config: &VmConfig, placer: &mut Placer) -> Result<Devices, 
         let device = Arc::new(Mutex::new(Block::new(drive).map_err(DeviceError::from)?));
         devices.add(placer, device.clone())?;
         devices.drives.push(device);
+    }
+    let mut address = placer.memory.last_addr().0.max(layout::HIGH_MEMORY_START);
+    for pmem in &config.pmem {
+        address = address.next_multiple_of(PMEM_SECTION);
+        let mut device = Pmem::new(pmem).map_err(DeviceError::from)?;
+        device.place(address);
+        let mapping = device.mapping();
+        // SAFETY: `Devices` keeps the device, and with it the mapping, and `Machine` drops its vCPUs and
+        // its VM before them.
+        unsafe { placer.vm.add_slot(address, mapping.len(), mapping.address(), mapping.read_only()) }?;
+        address = address.saturating_add(mapping.len());
+        let device = Arc::new(Mutex::new(device));
+        devices.add(placer, device.clone())?;
+        devices.pmem.push(device);
     }
     if let Some(vsock) = &config.vsock {
         let device = Vsock::new(vsock.guest_cid.into(), &vsock.uds_path).map_err(DeviceError::from)?;

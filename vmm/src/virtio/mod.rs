@@ -24,7 +24,9 @@ use crate::memory::Memory;
 
 pub mod block;
 pub mod buffers;
+pub mod disk;
 pub mod mmio;
+pub mod pmem;
 pub mod rng;
 #[cfg(test)]
 pub mod testing;

@@ -20,8 +20,6 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::SECTOR;
-use super::disk::{Clear, Disk, DiskError};
 use super::request::{Limits, MAX_CLEAR_SECTORS, MAX_DESCRIPTORS, Operation, Request, SERIAL_LEN};
 use super::uring::Uring;
 use crate::config::{CacheType, DriveConfig, DriveUpdate, IoEngine};
@@ -30,6 +28,7 @@ use crate::memory::Memory;
 use crate::metrics;
 use crate::rate_limiter::RateLimiter;
 use crate::virtio::buffers::GuestBuffers;
+use crate::virtio::disk::{Clear, Disk, DiskError, SECTOR};
 use crate::virtio::{
     ActivateError, Activation, F_RING_EVENT_IDX, F_RING_INDIRECT_DESC, FIRST_DEVICE_TOKEN, Interrupt,
     VirtioDevice, read_config_space,

@@ -5,8 +5,9 @@
 //! | --- | --- |
 //! | `device` | the device: features, configuration space, queue, interrupts, changes while running |
 //! | `request` | what one descriptor chain asks for, checked |
-//! | `disk` | the file: its size, its lock, and the operations on it, made at once |
 //! | `uring` | the same operations made later, by io_uring |
+//!
+//! The file itself, with its lock and the operations made at once, is a [`Disk`](super::disk::Disk).
 //!
 //! Data goes between the file and guest memory in one system call per request (`Sync`), or in one per
 //! batch of requests (`Async`), without a copy of our own. Files are used through the host's page cache.
@@ -16,15 +17,10 @@
 //! API's, no flush is offered: what was written survives the death of this process, not that of the host.
 
 mod device;
-mod disk;
 mod request;
 mod uring;
 
 pub use device::{Block, BlockError, BlockMetrics};
-pub use disk::{Disk, DiskError};
-
-/// Bytes in a sector: the unit of sizes and positions, whatever the disk's own blocks.
-pub const SECTOR: u64 = 512;
 
 #[cfg(test)]
 mod tests;

@@ -9,10 +9,9 @@ use virtio_queue::DescriptorChain;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
 
-use super::SECTOR;
-use super::disk::{Clear, Range};
 use crate::memory::Memory;
 use crate::virtio::buffers::{BadChain, GuestBuffers};
+use crate::virtio::disk::{Clear, Range, SECTOR};
 
 /// Most descriptors in a request, those of header and status included. The driver is told of two less.
 pub const MAX_DESCRIPTORS: usize = 256;

@@ -17,6 +17,7 @@ use virtio_bindings::virtio_blk::*;
 use super::*;
 use crate::config::{CacheType, DriveConfig, IoEngine};
 use crate::event_loop::{EventLoop, EventSet, Subscriber, lock};
+use crate::virtio::disk::Disk;
 use crate::virtio::testing::{Buffer, Driver};
 use crate::virtio::{F_RING_EVENT_IDX, F_RING_INDIRECT_DESC, VirtioDevice};
 

@@ -1,4 +1,5 @@
-//! The file behind a block device: opening, size, lock, and the operations on it, made at once.
+//! The file behind a block or persistent memory device: opening, size, lock, and the operations on it, made
+//! at once.
 //!
 //! A disk open for writing is locked against every other use, one open for reading against writers, by
 //! open-file-description locks: the other may be another process or another drive of this one. The lock is
@@ -14,8 +15,10 @@ use log::warn;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
 
-use super::SECTOR;
-use crate::virtio::buffers::GuestBuffers;
+use super::buffers::GuestBuffers;
+
+/// Bytes in a sector: the unit of sizes and positions, whatever the disk's own blocks.
+pub const SECTOR: u64 = 512;
 
 /// Why a file cannot be a disk.
 #[derive(Debug, thiserror::Error)]
