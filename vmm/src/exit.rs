@@ -23,16 +23,12 @@ pub enum ExitCode {
     Sigbus = 149,
     /// The process got SIGSEGV.
     Sigsegv = 150,
-    /// The process got SIGXFSZ: a file grew over its limit.
-    Sigxfsz = 151,
     /// The configuration (`--config-file`, `--level`) cannot be used.
     BadConfiguration = 152,
     /// The command line cannot be used.
     BadArguments = 153,
     /// The process got SIGXCPU: it used up its CPU time.
     Sigxcpu = 154,
-    /// The process got SIGPIPE.
-    Sigpipe = 155,
     /// The process got SIGHUP.
     Sighup = 156,
     /// The process got SIGILL.

@@ -3,6 +3,7 @@
 pub mod api;
 pub mod arch;
 pub mod bus;
+pub mod cli;
 pub mod config;
 pub mod control;
 pub mod devices;
@@ -16,7 +17,9 @@ pub mod machine;
 pub mod memory;
 pub mod metrics;
 pub mod mmds;
+pub mod program;
 pub mod rate_limiter;
+pub mod signals;
 pub mod stop;
 pub mod vcpu;
 pub mod virtio;

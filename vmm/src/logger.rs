@@ -83,6 +83,11 @@ pub fn configure(config: &LoggerConfig) -> Result<(), LoggerError> {
     Ok(())
 }
 
+/// Whether messages go to standard error.
+pub fn is_stderr() -> bool {
+    LOGGER.lock().file.is_none()
+}
+
 impl Log for Logger {
     fn enabled(&self, _: &Metadata<'_>) -> bool {
         true

@@ -1,42 +1,34 @@
-//! `pulau-vmm`: one microVM per process.
+//! `pulau-vmm`: one microVM per process. See `docs/api.md`.
 
-use std::fs::File;
-use std::os::fd::FromRawFd;
+use std::process::ExitCode;
 
-use pulau_vmm::config::{FullVmConfig, VmConfig};
-use pulau_vmm::devices::serial::Sink;
-use pulau_vmm::event_loop::{EventLoop, EventSet};
-use pulau_vmm::machine::{Machine, Resources};
-use pulau_vmm::stop::StopSink;
+use pulau_vmm::cli::{self, Command};
+use pulau_vmm::{exit, program};
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let path = std::env::args_os().nth(1).ok_or("usage: pulau-vmm CONFIG")?;
-    let full: FullVmConfig = serde_json::from_reader(File::open(path)?)?;
-    let config = VmConfig::try_from(full)?;
-    let kvm = kvm_ioctls::Kvm::new()?;
-    let mut event_loop = EventLoop::new()?;
-    let stop = StopSink::new()?;
-    event_loop.own_events().add(stop.event(), 0, EventSet::IN)?;
-    // SAFETY: the standard descriptors are open and nothing else here uses them.
-    let (input, output) = unsafe { (File::from_raw_fd(0), File::from_raw_fd(1)) };
-    let machine = Machine::build(
-        &config,
-        Resources {
-            kvm: &kvm,
-            event_loop: &mut event_loop,
-            stop: stop.clone(),
-            boot_timer: true,
-            console: Sink::Files { output, input: Some(input) },
-            prepare_vcpu: || Ok(()),
+fn main() -> ExitCode {
+    match cli::parse(std::env::args_os().skip(1)) {
+        Ok(Command::Help) => program::print(cli::HELP),
+        Ok(Command::Version) => program::print(concat!("pulau-vmm ", env!("CARGO_PKG_VERSION"), "\n")),
+        Ok(Command::Run(options)) => match program::run(*options) {
+            Ok(code) => return code.into(),
+            Err(error) => return fail(&error, error.exit_code()),
         },
-    )?;
-    machine.run();
-    loop {
-        event_loop.run_once(-1)?;
-        if let Some(reason) = stop.reason() {
-            drop(machine);
-            eprintln!("{reason:?}; {:?}", ());
-            return Ok(());
+        Err(error) => {
+            let code = match error.is_configuration() {
+                true => exit::ExitCode::BadConfiguration,
+                false => exit::ExitCode::BadArguments,
+            };
+            eprintln!("pulau-vmm: {error}\nTry 'pulau-vmm --help'.");
+            return code.into();
         }
     }
+    ExitCode::SUCCESS
+}
+
+fn fail(error: &program::ProgramError, code: exit::ExitCode) -> ExitCode {
+    eprintln!("pulau-vmm: {error}");
+    if !pulau_vmm::logger::is_stderr() {
+        log::error!("{error}");
+    }
+    code.into()
 }

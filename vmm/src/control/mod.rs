@@ -41,7 +41,7 @@ pub use machine::{Machine, MachineBuilder, MachineError, StartError};
 use crate::api::{Action, Answer};
 use crate::config::{FullVmConfig, InstanceInfo, MmdsConfig, VmConfig, VmState};
 use crate::event_loop::lock;
-use crate::mmds::{Mmds, SharedMmds};
+use crate::mmds::{Mmds, MmdsError, SharedMmds};
 use crate::{logger, metrics};
 
 /// The name `GET /` gives as `app_name`.
@@ -106,6 +106,11 @@ impl Controller {
         Ok(())
     }
 
+    /// Takes the metadata, as from `--metadata`.
+    pub fn put_metadata(&mut self, document: Value) -> Result<(), MmdsError> {
+        self.mmds().put(document)
+    }
+
     /// Does what a request asks for.
     pub fn handle(&mut self, action: Action) -> Outcome {
         match action {
@@ -118,7 +123,10 @@ impl Controller {
                 balloon.map(Answer::Balloon).ok_or(ControlError::NoBalloon)
             }
             Action::GetMmds => Ok(Answer::Mmds(self.mmds().json())),
-            Action::PutMmds(document) => self.put_mmds(document),
+            Action::PutMmds(document) => {
+                self.put_metadata(document)?;
+                Ok(Answer::Done)
+            }
             Action::PatchMmds(patch) => {
                 self.mmds().patch(&patch)?;
                 Ok(Answer::Done)
@@ -196,11 +204,6 @@ impl Controller {
         self.config.set_mmds(config)?;
         self.mmds().configure(version, imds_compat);
         Ok(())
-    }
-
-    fn put_mmds(&mut self, document: Value) -> Outcome {
-        self.mmds().put(document)?;
-        Ok(Answer::Done)
     }
 
     fn mmds(&self) -> std::sync::MutexGuard<'_, Mmds> {

@@ -219,6 +219,17 @@ pub fn flush() -> Result<(), MetricsError> {
     })
 }
 
+/// Writes a last line from a panic hook, which may run while anything at all is locked.
+pub fn flush_in_panic() {
+    METRICS.vmm.panic_count.set(1);
+    let (Ok(mut output), Ok(registry)) = (OUTPUT.try_lock(), REGISTRY.try_lock()) else { return };
+    drop(registry);
+    if let Some(output) = output.as_mut() {
+        let line = render(&output.fixed) + "\n";
+        let _ = output.file.write_line(line.as_bytes());
+    }
+}
+
 /// Writes a line if one is due, and returns how long it is until the next; `None` if there is none.
 pub fn flush_if_due() -> Option<Duration> {
     let left = |due: Instant| due.saturating_duration_since(Instant::now());

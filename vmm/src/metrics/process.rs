@@ -172,13 +172,6 @@ group! {
     }
 }
 
-group! {
-    /// System calls the filters stopped.
-    pub struct SeccompMetrics {
-        num_faults: Gauge,
-    }
-}
-
 /// What is counted once in the process.
 #[derive(Debug)]
 pub struct Metrics {
@@ -194,7 +187,6 @@ pub struct Metrics {
     pub uart: UartMetrics,
     pub i8042: I8042Metrics,
     pub vmm: VmmMetrics,
-    pub seccomp: SeccompMetrics,
 }
 
 /// What is counted once in the process.
@@ -211,7 +203,6 @@ pub static METRICS: Metrics = Metrics {
     uart: UartMetrics::new(),
     i8042: I8042Metrics::new(),
     vmm: VmmMetrics::new(),
-    seccomp: SeccompMetrics::new(),
 };
 
 impl Metrics {
@@ -229,6 +220,5 @@ impl Metrics {
         each("uart", &self.uart);
         each("i8042", &self.i8042);
         each("vmm", &self.vmm);
-        each("seccomp", &self.seccomp);
     }
 }

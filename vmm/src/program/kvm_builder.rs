@@ -1,0 +1,87 @@
+//! Makes machines over KVM, for the controller.
+
+use std::cell::RefCell;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, IntoRawFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::rc::Rc;
+
+use kvm_ioctls::Kvm;
+
+use crate::config::{SerialConfig, VmConfig};
+use crate::control::{self, MachineBuilder, StartError};
+use crate::devices::serial::Sink;
+use crate::event_loop::EventLoop;
+use crate::jail;
+use crate::machine::{Machine, Resources};
+use crate::signals;
+use crate::stop::StopSink;
+
+/// Why a machine could not be started, before it came to building it.
+#[derive(Debug, thiserror::Error)]
+enum StartFailure {
+    #[error("cannot open /dev/kvm: {0}")]
+    Kvm(io::Error),
+    #[error("serial: serial_out_path {path:?}: {error}")]
+    SerialOutput { path: std::path::PathBuf, error: io::Error },
+    #[error("the console cannot use standard input and output: {0}")]
+    Console(io::Error),
+}
+
+/// Makes machines over KVM, in the program's event loop.
+pub(super) struct KvmBuilder {
+    pub event_loop: Rc<RefCell<EventLoop>>,
+    pub stop: StopSink,
+    pub boot_timer: bool,
+}
+
+impl MachineBuilder for KvmBuilder {
+    fn start(&mut self, config: &VmConfig) -> Result<Box<dyn control::Machine>, StartError> {
+        let fail = |failure: StartFailure| StartError(failure.into());
+        let console = console(config.serial.as_ref()).map_err(fail)?;
+        let uses_terminal = matches!(console, Sink::Files { input: Some(_), .. });
+        let kvm = open_kvm().map_err(StartFailure::Kvm).map_err(fail)?;
+        let resources = Resources {
+            kvm: &kvm,
+            event_loop: &mut self.event_loop.borrow_mut(),
+            stop: self.stop.clone(),
+            boot_timer: self.boot_timer,
+            console,
+            prepare_vcpu: || Ok(()),
+        };
+        let machine = Machine::build(config, resources).map_err(|error| StartError(error.into()))?;
+        if uses_terminal {
+            signals::raw_terminal().map_err(StartFailure::Console).map_err(fail)?;
+        }
+        machine.run();
+        Ok(Box::new(machine))
+    }
+}
+
+fn open_kvm() -> io::Result<Kvm> {
+    let fd = jail::devices::kvm()?.into_raw_fd();
+    // SAFETY: the descriptor is that of /dev/kvm and nobody else's.
+    Ok(unsafe { <Kvm as std::os::fd::FromRawFd>::from_raw_fd(fd) })
+}
+
+/// Where the configuration sends the console: a file, or the process's own input and output.
+fn console(config: Option<&SerialConfig>) -> Result<Sink, StartFailure> {
+    if let Some(path) = config.and_then(|config| config.serial_out_path.as_deref()) {
+        let output =
+            open_output(path).map_err(|error| StartFailure::SerialOutput { path: path.to_owned(), error })?;
+        return Ok(Sink::Files { output, input: None });
+    }
+    let own = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned().map(File::from);
+    let input = own(io::stdin().as_fd()).map_err(StartFailure::Console)?;
+    let output = own(io::stdout().as_fd()).map_err(StartFailure::Console)?;
+    Ok(Sink::Files { output, input: Some(input) })
+}
+
+/// Opens a file to append to, made if missing, or a named pipe, which need not have a reader yet.
+fn open_output(path: &Path) -> io::Result<File> {
+    let mut options = File::options();
+    options.read(true).append(true).create(true).mode(0o600).custom_flags(libc::O_NONBLOCK);
+    options.open(path)
+}
