@@ -5,5 +5,14 @@ pub mod doctor;
 pub mod microvm;
 pub mod programs;
 
-/// Where Pulau keeps its data unless told otherwise.
-pub const DEFAULT_DATA_DIR: &str = "/var/lib/pulau";
+use std::path::PathBuf;
+
+/// Where Pulau keeps its data unless told otherwise: of the system if root runs it, else of the user.
+pub fn default_data_dir() -> PathBuf {
+    if nix::unistd::geteuid().is_root() {
+        return "/var/lib/pulau".into();
+    }
+    let variable = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let state = variable("XDG_STATE_HOME").or_else(|| variable("HOME").map(|home| home.join(".local/state")));
+    state.unwrap_or_else(|| "/tmp".into()).join("pulau")
+}

@@ -31,8 +31,8 @@ pub struct Args {
     #[arg(long, short, conflicts_with = "json")]
     quiet: bool,
     /// Where Pulau keeps its data.
-    #[arg(long, value_name = "DIR", env = "PULAU_DATA_DIR", default_value = crate::DEFAULT_DATA_DIR)]
-    data_dir: PathBuf,
+    #[arg(long, value_name = "DIR", env = "PULAU_DATA_DIR")]
+    data_dir: Option<PathBuf>,
     /// Run the KVM test guest in this very process and print what it showed (used by the check itself).
     #[arg(long, hide = true)]
     run_kvm_probe: bool,
@@ -52,7 +52,8 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         }
     };
     let probe_binary = std::env::current_exe().context("cannot find this program's own file")?;
-    let report = examine(&checks, &Context { data_dir: args.data_dir.clone(), probe_binary });
+    let data_dir = args.data_dir.clone().unwrap_or_else(crate::default_data_dir);
+    let report = examine(&checks, &Context { data_dir, probe_binary });
     if args.json {
         print_json(&report)?;
     } else if !args.quiet {

@@ -9,6 +9,7 @@
 
 mod completion;
 mod doctor;
+mod microvm;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -27,6 +28,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Doctor(doctor::Args),
+    Microvm(microvm::Args),
     Completion(completion::Args),
 }
 
@@ -34,6 +36,7 @@ enum Command {
 pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Doctor(args) => doctor::run(&args),
+        Command::Microvm(args) => microvm::run(&args),
         Command::Completion(args) => completion::run(&args),
     };
     match result {

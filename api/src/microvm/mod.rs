@@ -49,7 +49,7 @@ pub use api::{Api, ApiError};
 pub use boot_times::BootTimes;
 pub use driver::{MicroVm, RequestError, State, Stop};
 pub use ending::{Ending, Reason, StartError};
-pub use guest::GuestError;
+pub use guest::{Agent, GuestError};
 pub use home::{HomeError, sweep};
 pub use jail::{JailError, JailSpec, Network};
 pub use spec::{Host, Spec, SpecError};

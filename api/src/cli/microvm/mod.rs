@@ -1,0 +1,32 @@
+//! `pulau microvm`: single microVMs, without the daemon.
+
+mod console;
+mod escape;
+mod outcome;
+mod run;
+mod session;
+mod spec;
+mod terminal;
+
+use std::process::ExitCode;
+
+/// Boot single microVMs, without the daemon.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  pulau microvm run --kernel vmlinux --rootfs rootfs.erofs            a shell in a microVM
+  pulau microvm run --kernel vmlinux --rootfs rootfs.erofs -- uname -a")]
+pub struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    Run(Box<run::Args>),
+}
+
+pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    match &args.command {
+        Command::Run(args) => run::run(args),
+    }
+}

@@ -1,0 +1,136 @@
+//! A process in the guest, joined to our standard input and output.
+//!
+//! The agent's client blocks, so output is copied on one thread and input on another. The latter is left
+//! behind when the process ends: it waits in a read that may never return.
+
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::thread;
+
+use pulau_agent_protocol::client::{ClientError, ExecInput, OutputEvent};
+use pulau_agent_protocol::message::{ExecRequest, ExitStatus, WindowSize};
+use tokio::sync::oneshot;
+
+use super::escape::Escape;
+use crate::microvm::Agent;
+
+/// No more of each of a process's streams is kept in memory.
+const MAX_CAPTURE: usize = 16 << 20;
+
+/// What a user at a terminal does beside typing.
+pub struct Terminal {
+    /// New sizes, as they come.
+    pub sizes: mpsc::Receiver<WindowSize>,
+    /// Told when the user types the escape.
+    pub left: oneshot::Sender<()>,
+}
+
+/// Runs `request` and joins it to our standard streams until it ends. Blocks.
+///
+/// # Errors
+///
+/// The process cannot be started, its guest is gone, or our output cannot be written.
+pub fn run(
+    agent: Agent,
+    request: &ExecRequest,
+    terminal: Option<Terminal>,
+) -> Result<ExitStatus, ClientError> {
+    let exec = agent.exec(request)?;
+    let input = Arc::new(Mutex::new(exec.input));
+    let left = terminal.map(|Terminal { sizes, left }| {
+        let input = Arc::clone(&input);
+        thread::spawn(move || {
+            for size in sizes {
+                // If it fails, so does the output, which tells why.
+                let _ = lock(&input).resize(size);
+            }
+        });
+        left
+    });
+    thread::spawn(move || copy_input(&input, left));
+    let mut output = exec.output;
+    output.copy_to(&mut Flushing(io::stdout().lock()), &mut io::stderr().lock())
+}
+
+fn lock(input: &Mutex<ExecInput<UnixStream>>) -> std::sync::MutexGuard<'_, ExecInput<UnixStream>> {
+    input.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Copies standard input to the process until either ends, or a user at a terminal wants out.
+fn copy_input(input: &Mutex<ExecInput<UnixStream>>, left: Option<oneshot::Sender<()>>) {
+    let mut escape = left.is_some().then(Escape::default);
+    let mut buffer = [0; 16 << 10];
+    let mut filtered = Vec::new();
+    loop {
+        let length = match io::stdin().lock().read(&mut buffer) {
+            Ok(0) => break,
+            Ok(length) => length,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            Err(_) => break,
+        };
+        let mut bytes = &buffer[..length];
+        if let Some(escape) = &mut escape {
+            filtered.clear();
+            if escape.filter(bytes, &mut filtered) {
+                if let Some(left) = left {
+                    let _ = left.send(());
+                }
+                return;
+            }
+            bytes = &filtered;
+        }
+        if lock(input).write_all(bytes).is_err() {
+            return; // The process reads no more.
+        }
+    }
+    let _ = lock(input).close();
+}
+
+/// Writes through at once: a prompt has no line end.
+struct Flushing<W: Write>(W);
+
+impl<W: Write> Write for Flushing<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.write_all(bytes)?;
+        self.0.flush()?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+}
+
+/// What a process wrote.
+#[derive(Debug, Default)]
+pub struct Captured {
+    pub stdout: Vec<u8>,
+    pub stderr: Vec<u8>,
+    /// It wrote more than is kept.
+    pub truncated: bool,
+}
+
+/// Runs `request` without input and keeps what it writes. Blocks.
+///
+/// # Errors
+///
+/// The process cannot be started, or its guest is gone.
+pub fn capture(agent: Agent, request: &ExecRequest) -> Result<(ExitStatus, Captured), ClientError> {
+    let mut output = agent.exec(request)?.output;
+    let mut captured = Captured::default();
+    loop {
+        match output.next_event()? {
+            OutputEvent::Stdout(bytes) => captured.truncated |= keep(&mut captured.stdout, bytes),
+            OutputEvent::Stderr(bytes) => captured.truncated |= keep(&mut captured.stderr, bytes),
+            OutputEvent::Exited(status) => return Ok((status, captured)),
+        }
+    }
+}
+
+/// Adds as much of `bytes` as there is room for. Returns whether some was dropped.
+fn keep(kept: &mut Vec<u8>, bytes: &[u8]) -> bool {
+    let room = MAX_CAPTURE.saturating_sub(kept.len()).min(bytes.len());
+    kept.extend_from_slice(&bytes[..room]);
+    room < bytes.len()
+}
