@@ -1,11 +1,14 @@
 //! What a running machine can be asked for.
 
+use std::sync::MutexGuard;
+
 use super::Machine;
 use crate::config::{
     BalloonHintingStart, BalloonHintingStatus, BalloonStats, DriveUpdate, NetworkInterfaceUpdate, PmemUpdate,
 };
 use crate::control::{self, MachineError};
 use crate::event_loop::lock;
+use crate::virtio::balloon::Balloon;
 
 impl control::Machine for Machine {
     fn pause(&mut self) -> Result<(), MachineError> {
@@ -52,31 +55,39 @@ impl control::Machine for Machine {
         Ok(())
     }
 
-    fn set_balloon_target(&mut self, _amount_mib: u32) -> Result<(), MachineError> {
-        Err(no_balloon())
+    fn set_balloon_target(&mut self, amount_mib: u32) -> Result<(), MachineError> {
+        self.balloon()?.set_target(amount_mib);
+        Ok(())
     }
 
-    fn set_balloon_stats_interval(&mut self, _seconds: u16) -> Result<(), MachineError> {
-        Err(no_balloon())
+    fn set_balloon_stats_interval(&mut self, seconds: u16) -> Result<(), MachineError> {
+        self.balloon()?.set_stats_interval(seconds);
+        Ok(())
     }
 
     fn balloon_stats(&mut self) -> Result<BalloonStats, MachineError> {
-        Err(no_balloon())
+        Ok(self.balloon()?.stats())
     }
 
-    fn start_balloon_hinting(&mut self, _start: &BalloonHintingStart) -> Result<(), MachineError> {
-        Err(no_balloon())
+    fn start_balloon_hinting(&mut self, start: &BalloonHintingStart) -> Result<(), MachineError> {
+        self.balloon()?.start_hinting(start.acknowledge_on_stop);
+        Ok(())
     }
 
     fn balloon_hinting_status(&mut self) -> Result<BalloonHintingStatus, MachineError> {
-        Err(no_balloon())
+        Ok(self.balloon()?.hinting_status())
     }
 
     fn stop_balloon_hinting(&mut self) -> Result<(), MachineError> {
-        Err(no_balloon())
+        self.balloon()?.stop_hinting();
+        Ok(())
     }
 }
 
-fn no_balloon() -> MachineError {
-    MachineError::NotConfigured("this microVM has no balloon; configure one before it starts".into())
+impl Machine {
+    fn balloon(&self) -> Result<MutexGuard<'_, Balloon>, MachineError> {
+        self.devices.balloon().map(|b| lock(b)).ok_or_else(|| {
+            MachineError::NotConfigured("this microVM has no balloon; configure one before it starts".into())
+        })
+    }
 }

@@ -10,6 +10,7 @@ use crate::arch::layout;
 use crate::config::VmConfig;
 use crate::event_loop::lock;
 use crate::virtio::VirtioDevice;
+use crate::virtio::balloon::Balloon;
 use crate::virtio::block::{Block, BlockError};
 use crate::virtio::pmem::{Pmem, PmemError};
 use crate::virtio::rng::Rng;
@@ -38,6 +39,7 @@ pub struct Devices {
     all: Vec<Arc<Mutex<dyn VirtioDevice>>>,
     drives: Vec<Arc<Mutex<Block>>>,
     pmem: Vec<Arc<Mutex<Pmem>>>,
+    balloon: Option<Arc<Mutex<Balloon>>>,
 }
 
 impl Devices {
@@ -65,6 +67,11 @@ impl Devices {
     /// The persistent memory device with this id.
     pub fn pmem(&self, id: &str) -> Option<&Arc<Mutex<Pmem>>> {
         self.pmem.iter().find(|p| lock(p).id() == id)
+    }
+
+    /// The balloon.
+    pub fn balloon(&self) -> Option<&Arc<Mutex<Balloon>>> {
+        self.balloon.as_ref()
     }
 }
 
@@ -101,6 +108,12 @@ pub(super) fn create(config: &VmConfig, placer: &mut Placer) -> Result<Devices, 
     if let Some(entropy) = &config.entropy {
         let device = Rng::new(entropy.rate_limiter.as_ref()).map_err(|e| DeviceError::Host("entropy", e))?;
         devices.add(placer, Arc::new(Mutex::new(device)))?;
+    }
+    if let Some(balloon) = &config.balloon {
+        let device = Balloon::new(balloon).map_err(|e| DeviceError::Host("balloon", e))?;
+        let device = Arc::new(Mutex::new(device));
+        devices.add(placer, device.clone())?;
+        devices.balloon = Some(device);
     }
     Ok(devices)
 }

@@ -22,6 +22,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::event_loop::{Events, Subscriber};
 use crate::memory::Memory;
 
+pub mod balloon;
 pub mod block;
 pub mod buffers;
 pub mod disk;
