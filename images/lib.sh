@@ -103,3 +103,71 @@ deb_fetch() {
     rmdir "$dir"
     printf '%s\n' "$apt_dir/cache/archives/${file##*/}"
 }
+
+# deb_set PACKAGE...: the packages (file names) of a Debian system with these in it: the essential ones, apt, these
+# packages, and everything any of them needs.
+deb_set() {
+    apt_get -o Dir::Cache::Archives="$apt_dir/none" install --yes --print-uris '?essential' apt "$@" |
+        cut -d' ' -f2 | LC_ALL=C sort
+}
+
+# deb_repository DIR PACKAGE...: downloads what `deb_set` lists, and makes a package archive of it.
+deb_repository() {
+    local dir=$1 names name
+    shift
+    names=$(deb_set "$@")
+    log "downloading $(wc -l <<<"$names") packages, as far as they are not here yet"
+    apt_get install --yes --download-only '?essential' apt "$@" >&2 || exit "$stale_lists"
+    mkdir "$dir"
+    for name in $names; do
+        ln "$apt_dir/cache/archives/$name" "$dir/" 2>/dev/null || cp "$apt_dir/cache/archives/$name" "$dir/"
+        dpkg-deb --field "$dir/$name"
+        printf 'Filename: ./%s\nSize: %s\nSHA256: %s\n\n' "$name" "$(stat -c %s "$dir/$name")" \
+            "$(sha256sum <"$dir/$name" | cut -d' ' -f1)"
+    done >"$dir/Packages"
+}
+
+# The time of everything an image build writes.
+image_time=1735689600 # 2025-01-01
+
+# bootstrap_debian TAR REPOSITORY PACKAGES OPTION...: installs Debian packages (comma-separated) from an archive that
+# `deb_repository` made. Options are mmdebstrap's.
+bootstrap_debian() {
+    local tar=$1 repository=$2 packages=$3 mode=root
+    shift 3
+    ((EUID == 0)) || mode=unshare
+    SOURCE_DATE_EPOCH=$image_time with_progress "installing Debian packages" \
+        mmdebstrap --mode="$mode" --variant=apt --format=tar --include="$packages" "$@" \
+        '' "$tar" "deb [trusted=yes] copy:$repository ./"
+}
+
+# agent_binary: the agent's path, built if needed. PULAU_AGENT names one built elsewhere. It has a target
+# directory of its own: built together with other packages it would get their features and other bytes.
+agent_binary() {
+    if [[ ${PULAU_AGENT:-} ]]; then
+        [[ -f $PULAU_AGENT ]] || die "PULAU_AGENT: no such file: $PULAU_AGENT"
+        realpath "$PULAU_AGENT"
+        return
+    fi
+    local target=${CARGO_TARGET_DIR:-$repo_dir/target}/images
+    need_rust
+    (cd "$repo_dir" && CARGO_TARGET_DIR=$target cargo build --quiet --release --locked --package pulau-agent >&2) ||
+        die "the agent could not be built"
+    CARGO_TARGET_DIR=$target programs_dir release | sed 's|$|/pulau-agent|'
+}
+
+# install_agent ROOT: puts the agent into a root file system, as /usr/lib/pulau/pulau-agent.
+install_agent() {
+    install -D -m 0755 "$(agent_binary)" "$1/usr/lib/pulau/pulau-agent"
+    strip --strip-all "$1/usr/lib/pulau/pulau-agent"
+}
+
+# make_erofs FILE ROOT UUID OPTION...: a read-only file system image with the content of a directory. The
+# same content gives the same bytes: all times are the same and the UUID is given. Padded with zeros to 2 MiB, so that
+# it can also be a persistent-memory device.
+make_erofs() {
+    local file=$1 root=$2 uuid=$3
+    shift 3
+    mkfs.erofs --quiet -T$image_time -U "$uuid" "$@" "$file" "$root" >&2
+    truncate -s %2M "$file"
+}
