@@ -46,6 +46,8 @@ pub struct Options {
     pub boot_timer: bool,
     /// Not with `--no-seccomp`.
     pub seccomp: bool,
+    /// `--enable-pci`, which is taken so that Firecracker's users need not change their scripts.
+    pub pci_asked_for: bool,
     /// `--http-api-max-payload-size`, in bytes.
     pub payload_limit: usize,
     /// `--mmds-size-limit`, in bytes.
@@ -99,6 +101,7 @@ struct Raw {
     metrics_path: Option<PathBuf>,
     boot_timer: Option<()>,
     no_seccomp: Option<()>,
+    enable_pci: Option<()>,
     payload_limit: Option<usize>,
     mmds_limit: Option<usize>,
     start_time_us: Option<u64>,
@@ -167,7 +170,7 @@ impl Raw {
             "netns" => path(&mut self.netns, "--netns", parser),
             "new-net-ns" => once(&mut self.new_netns, "--new-net-ns", ()),
             "pid-file" => path(&mut self.pid_file, "--pid-file", parser),
-            "enable-pci" => Err(CliError::Unsupported { option: "--enable-pci" }),
+            "enable-pci" => once(&mut self.enable_pci, "--enable-pci", ()),
             "seccomp-filter" => Err(CliError::Unsupported { option: "--seccomp-filter" }),
             "snapshot-version" => Err(CliError::Unsupported { option: "--snapshot-version" }),
             "describe-snapshot" => Err(CliError::Unsupported { option: "--describe-snapshot" }),
@@ -209,6 +212,7 @@ impl Raw {
             metrics_path: self.metrics_path.take(),
             boot_timer: self.boot_timer.is_some(),
             seccomp: self.no_seccomp.is_none(),
+            pci_asked_for: self.enable_pci.is_some(),
             payload_limit,
             mmds_limit: self.mmds_limit.unwrap_or(payload_limit),
             start_time_us: self.start_time_us,
@@ -342,6 +346,7 @@ Log and metrics:
   --module PREFIX                 only messages of modules that begin with this
   --metrics-path PATH             file or named pipe for metrics, a line of JSON each minute
   --boot-timer                    log the time until the guest writes 123 to address 0xc0000000
+  --enable-pci                    ignored: there is no PCI, devices are found without it
   --start-time-us N               monotonic time when the process was started, for the metrics
   --start-time-cpu-us N           its CPU time then
   --parent-cpu-time-us N          CPU time its parent used to start it

@@ -25,7 +25,7 @@ fn nothing_given_is_firecrackers_default() {
 fn every_option_is_read() {
     let options = run("--api-sock /a --id vm-1 --config-file=/c --metadata /m --log-path /l --level debug \
         --show-level --show-log-origin --module pulau --metrics-path /x --boot-timer --no-seccomp \
-        --http-api-max-payload-size 10 --mmds-size-limit 20 --start-time-us 1 --start-time-cpu-us 2 \
+        --http-api-max-payload-size 10 --mmds-size-limit 20 --start-time-us 1 --start-time-cpu-us 2 --enable-pci \
         --parent-cpu-time-us 3");
     let expected = Options {
         id: "vm-1".into(),
@@ -42,6 +42,7 @@ fn every_option_is_read() {
         metrics_path: Some("/x".into()),
         boot_timer: true,
         seccomp: false,
+        pci_asked_for: true,
         payload_limit: 10,
         mmds_limit: 20,
         start_time_us: Some(1),
@@ -99,7 +100,6 @@ fn what_is_wrong_is_named() {
         ("--id a_b", "--id: id: \"a_b\" must be 1 to 64 letters, digits and hyphens"),
         ("--start-time-us x", "--start-time-us: \"x\": invalid digit found in string"),
         ("--mmds-size-limit -1", "--mmds-size-limit: \"-1\": invalid digit found in string"),
-        ("--enable-pci", "--enable-pci is not supported"),
         ("--describe-snapshot x", "--describe-snapshot is not supported"),
     ] {
         assert_eq!(error(arguments), message);
@@ -125,7 +125,7 @@ fn help_tells_of_every_option() {
         .filter_map(|line| line.trim().strip_prefix('"')?.split_once("\" => ").map(|(name, _)| name))
         .collect();
     assert!(all.len() > 25);
-    let unsupported = ["enable-pci", "seccomp-filter", "snapshot-version", "describe-snapshot"];
+    let unsupported = ["seccomp-filter", "snapshot-version", "describe-snapshot"];
     for name in all {
         let told = HELP.contains(&format!("--{name}"));
         assert_eq!(told, !unsupported.contains(&name), "{name}");

@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use kvm_ioctls::Kvm;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
@@ -26,6 +27,7 @@ use crate::devices::serial::{self, Console};
 use crate::event_loop::{EventLoop, lock};
 use crate::loader::{self, Entry, LoadError};
 use crate::memory::{self, Memory, MemoryError};
+use crate::rate_limiter::TokenBucket;
 use crate::stop::StopSink;
 use crate::vcpu::{self, Environment, Vcpu, VcpuError};
 use crate::virtio::mmio::{self, MmioTransport};
@@ -140,7 +142,7 @@ impl Machine {
         pio.insert(layout::PORT_I8042, i8042::PORTS, keyboard.clone())?;
         pio.insert(layout::PORT_POWER, power::PORTS, Arc::new(Power(stop.clone())))?;
         pio.insert(layout::PORT_PVPANIC, 1, Arc::new(PvPanic(stop.clone())))?;
-        let console = attach_console(console, &vm, &mut pio, event_loop)?;
+        let console = attach_console(config, console, &vm, &mut pio, event_loop)?;
         if let Some(timer) = &boot_timer {
             mmio.insert(layout::BOOT_TIMER, boot_timer::WINDOW, timer.clone())?;
         }
@@ -207,6 +209,7 @@ fn load_boot_source(config: &VmConfig, memory: &Memory) -> Result<Boot, BuildErr
 }
 
 fn attach_console(
+    config: &VmConfig,
     sink: serial::Sink,
     vm: &Vm,
     pio: &mut Bus,
@@ -214,7 +217,9 @@ fn attach_console(
 ) -> Result<Arc<Mutex<Console>>, BuildError> {
     let irq = event().map_err(host("eventfd"))?;
     vm.bind_irq(&irq, layout::IRQ_SERIAL)?;
-    let (port, console) = serial::create(irq, sink).map_err(host("serial console"))?;
+    let limit = config.serial.as_ref().and_then(|serial| serial.rate_limiter);
+    let limit = limit.and_then(|limit| TokenBucket::from_config(&limit, Instant::now()));
+    let (port, console) = serial::create(irq, sink, limit).map_err(host("serial console"))?;
     pio.insert(layout::PORT_SERIAL, serial::PORTS, Arc::new(port))?;
     let console = Arc::new(Mutex::new(console));
     let events = event_loop.subscribe(console.clone());

@@ -90,6 +90,9 @@ pub fn run(options: Options) -> Result<ExitCode, ProgramError> {
         let config = MetricsConfig { metrics_path: path.clone(), ..Default::default() };
         metrics::configure(&config, &options.id)?;
     }
+    if options.pci_asked_for {
+        log::warn!("--enable-pci has no effect: devices are on virtio-mmio");
+    }
     signals::install().map_err(host("handle signals"))?;
     install_panic_hook();
     let socket = options.api_socket.as_deref().map(ApiSocket::bind).transpose()?;

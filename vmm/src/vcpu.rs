@@ -25,6 +25,7 @@ use crate::arch::cpu::{self, Topology};
 use crate::bus::Bus;
 use crate::event_loop::lock;
 use crate::loader::Entry;
+use crate::metrics::METRICS;
 use crate::stop::{StopReason, StopSink};
 
 /// Where a vCPU's accesses go, and whom it tells of the end.
@@ -268,19 +269,23 @@ fn run_until_kicked(fd: &mut VcpuFd, index: u8, environment: &Environment) -> Re
     loop {
         match fd.run() {
             Ok(VcpuExit::IoIn(port, data)) => {
+                METRICS.vcpu.exit_io_in.inc();
                 for byte in data.chunks_mut(1) {
                     environment.pio.read(port.into(), byte);
                 }
             }
             Ok(VcpuExit::IoOut(port, data)) => {
+                METRICS.vcpu.exit_io_out.inc();
                 for byte in data.chunks(1) {
                     environment.pio.write(port.into(), byte);
                 }
             }
             Ok(VcpuExit::MmioRead(address, data)) => {
+                METRICS.vcpu.exit_mmio_read.inc();
                 environment.mmio.read(address, data);
             }
             Ok(VcpuExit::MmioWrite(address, data)) => {
+                METRICS.vcpu.exit_mmio_write.inc();
                 environment.mmio.write(address, data);
             }
             Ok(VcpuExit::Shutdown) => return Err(StopReason::TripleFault),
@@ -332,6 +337,7 @@ fn internal_error(fd: &mut VcpuFd) -> String {
 }
 
 fn failure(fd: &VcpuFd, index: u8, what: String) -> StopReason {
+    METRICS.vcpu.failures.inc();
     match fd.get_regs() {
         Ok(regs) => {
             error!("vCPU {index}: {what}; rip={:#x} rsp={:#x} rflags={:#x}", regs.rip, regs.rsp, regs.rflags)

@@ -168,6 +168,7 @@ fn puts_become_their_actions() {
         Action::SetSerial(SerialConfig {
             serial_out_path: Some("s".into()),
             rate_limiter: Some(TokenBucketConfig { size: 1, refill_time: 2, one_time_burst: None }),
+            socket_path: None,
         }),
     );
     asks(
@@ -470,7 +471,7 @@ fn answers_have_firecrackers_shape() {
             r#""boot_args":null},"cpu-config":null,"logger":null,"machine-config":{"vcpu_count":1,"#,
             r#""mem_size_mib":128,"smt":false,"track_dirty_pages":false,"huge_pages":"None"},"#,
             r#""metrics":null,"mmds-config":null,"network-interfaces":[],"vsock":null,"#,
-            r#""entropy":null,"pmem":[]}"#
+            r#""entropy":null,"pmem":[],"memory-hotplug":null}"#
         )
     );
     let stats = BalloonStats { target_mib: 1, free_memory: Some(5), ..Default::default() };

@@ -1,6 +1,7 @@
 //! A whole configuration as one JSON object: `--config-file`, and `GET /vm/config`.
 
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::{
     BalloonConfig, BootSourceConfig, ConfigError, CpuConfig, DriveConfig, EntropyConfig, LoggerConfig,
@@ -29,9 +30,21 @@ pub struct FullVmConfig {
     pub entropy: Option<EntropyConfig>,
     #[serde(default)]
     pub pmem: Vec<PmemConfig>,
+    /// Always absent, and shown as such.
+    pub memory_hotplug: Option<NotSupported>,
     /// Not in Firecracker's file; left out of `GET /vm/config` where it was not set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<SerialConfig>,
+}
+
+/// A part of Firecracker's configuration that there is not. It cannot be made, also not by reading it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub enum NotSupported {}
+
+impl<'de> Deserialize<'de> for NotSupported {
+    fn deserialize<D: Deserializer<'de>>(_: D) -> Result<Self, D::Error> {
+        Err(D::Error::custom("memory-hotplug is not supported"))
+    }
 }
 
 impl TryFrom<FullVmConfig> for VmConfig {
@@ -69,7 +82,7 @@ impl TryFrom<FullVmConfig> for VmConfig {
             config.set_mmds(mmds)?;
         }
         if let Some(serial) = full.serial {
-            config.set_serial(serial);
+            config.set_serial(serial)?;
         }
         Ok(config)
     }
@@ -90,6 +103,7 @@ impl From<&VmConfig> for FullVmConfig {
             vsock: config.vsock.clone(),
             entropy: config.entropy.clone(),
             pmem: config.pmem.clone(),
+            memory_hotplug: None,
             serial: config.serial.clone(),
         }
     }

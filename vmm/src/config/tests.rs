@@ -282,6 +282,28 @@ fn cpu_registers_are_given_once() {
 }
 
 #[test]
+fn defaults_are_shown_where_firecracker_shows_them() {
+    let mut config = VmConfig::default();
+    config.set_drive(drive("d", false)).unwrap();
+    assert_eq!(
+        (config.drives[0].is_read_only, config.drives[0].io_engine),
+        (Some(false), Some(IoEngine::Sync))
+    );
+    let vsock = VsockConfig { vsock_id: Some("v".into()), guest_cid: 3, uds_path: "v".into() };
+    config.set_vsock(vsock).unwrap();
+    assert_eq!(config.vsock.unwrap().vsock_id, None);
+}
+
+#[test]
+fn the_console_goes_to_one_place() {
+    let mut config = VmConfig::default();
+    let mut serial = SerialConfig { socket_path: Some("s".into()), ..Default::default() };
+    config.set_serial(serial.clone()).unwrap();
+    serial.serial_out_path = Some("f".into());
+    assert!(refused(&mut config, |c| c.set_serial(serial)).contains("socket_path"));
+}
+
+#[test]
 fn instance_ids_are_checked() {
     let longest = "a".repeat(64);
     for good in ["a", "0-9-a-Z", DEFAULT_INSTANCE_ID, &longest] {
@@ -325,6 +347,7 @@ fn a_whole_configuration_survives_json() {
         "entropy": {"rate_limiter": {"ops": {"size": 1, "refill_time": 1}}},
         "pmem": [{"id": "p", "path_on_host": "/p"}],
         "mmds-config": {"network_interfaces": ["e"], "ipv4_address": "169.254.1.1"},
+        "memory-hotplug": null,
         "serial": {"serial_out_path": "/s"},
         "logger": {"level": "warn"},
         "metrics": {"metrics_path": "/m"}
@@ -333,10 +356,14 @@ fn a_whole_configuration_survives_json() {
     assert_eq!(serde_json::from_str::<FullVmConfig>(&serde_json::to_string(&full).unwrap()).unwrap(), full);
     let config = VmConfig::try_from(full.clone()).unwrap();
     let back = FullVmConfig::from(&config);
-    assert_eq!(back, FullVmConfig { logger: None, metrics: None, ..full });
+    let mut shown = FullVmConfig { logger: None, metrics: None, ..full };
+    shown.drives[0].is_read_only = Some(false);
+    assert_eq!(back, shown);
     assert_eq!(VmConfig::try_from(back).unwrap(), config);
     let unknown = serde_json::from_str::<FullVmConfig>(r#"{"boot_source": {}}"#).unwrap_err();
     assert!(unknown.to_string().contains("unknown field `boot_source`"), "{unknown}");
+    let hotplug = serde_json::from_str::<FullVmConfig>(r#"{"memory-hotplug": {}}"#).unwrap_err();
+    assert!(hotplug.to_string().contains("memory-hotplug is not supported"), "{hotplug}");
     let none: FullVmConfig = serde_json::from_str("{}").unwrap();
     assert!(VmConfig::try_from(none).unwrap_err().to_string().contains("kernel_image_path"));
 }

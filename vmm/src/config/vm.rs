@@ -9,7 +9,8 @@ use super::{
 ///
 /// Each setter either takes its value or, with an error, changes nothing; what was set before with
 /// the same id is replaced. The order of devices is the order in which the guest finds them: that
-/// of their first setting, save that a root drive comes first.
+/// of their first setting, save that a root drive comes first. Where Firecracker shows a default for what
+/// was left out, the setter fills it in.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct VmConfig {
@@ -65,8 +66,10 @@ impl VmConfig {
     }
 
     /// Adds a drive, or replaces the one with its id.
-    pub fn set_drive(&mut self, drive: DriveConfig) -> Result<(), ConfigError> {
+    pub fn set_drive(&mut self, mut drive: DriveConfig) -> Result<(), ConfigError> {
         drive.check()?;
+        drive.is_read_only.get_or_insert_default();
+        drive.io_engine.get_or_insert_default();
         let position = self.drives.iter().position(|d| d.drive_id == drive.drive_id);
         if drive.is_root_device {
             let except = ("drives", drive.drive_id.as_str());
@@ -130,8 +133,9 @@ impl VmConfig {
     }
 
     /// Sets the vsock device.
-    pub fn set_vsock(&mut self, vsock: VsockConfig) -> Result<(), ConfigError> {
+    pub fn set_vsock(&mut self, mut vsock: VsockConfig) -> Result<(), ConfigError> {
         vsock.check()?;
+        vsock.vsock_id = None;
         self.vsock = Some(vsock);
         Ok(())
     }
@@ -158,13 +162,16 @@ impl VmConfig {
     }
 
     /// Sets where the serial console goes.
-    pub fn set_serial(&mut self, serial: SerialConfig) {
+    pub fn set_serial(&mut self, serial: SerialConfig) -> Result<(), ConfigError> {
+        serial.check()?;
         self.serial = Some(serial);
+        Ok(())
     }
 
     /// Sets how the guest reaches its metadata. The interfaces must already be there.
-    pub fn set_mmds(&mut self, mmds: MmdsConfig) -> Result<(), ConfigError> {
+    pub fn set_mmds(&mut self, mut mmds: MmdsConfig) -> Result<(), ConfigError> {
         mmds.check()?;
+        mmds.ipv4_address = Some(mmds.address());
         for id in &mmds.network_interfaces {
             if !self.network_interfaces.iter().any(|i| i.iface_id == *id) {
                 return Err(ConfigError::MmdsUnknownInterface { id: id.clone() });

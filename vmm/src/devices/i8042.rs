@@ -11,6 +11,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
 use crate::event_loop::lock;
+use crate::metrics::METRICS;
 use crate::stop::{StopReason, StopSink};
 
 /// Number of ports from 0x60 on.
@@ -119,7 +120,10 @@ impl I8042 {
             0xd3 => state.expect = Expect::MouseLoop,
             // Bytes for the output port, the keyboard's buffer and the mouse.
             0xd1 | 0xd2 | 0xd4 => state.expect = Expect::Ignored,
-            0xfe => self.stop.stop(StopReason::Reset),
+            0xfe => {
+                METRICS.i8042.reset_count.inc();
+                self.stop.stop(StopReason::Reset);
+            }
             _ => {}
         }
     }
@@ -149,6 +153,7 @@ impl I8042 {
 impl BusDevice for I8042 {
     fn read(&self, offset: u64, data: &mut [u8]) {
         let [value] = data else { return };
+        METRICS.i8042.read_count.inc();
         let mut state = lock(&self.state);
         match offset {
             DATA => {
@@ -166,6 +171,7 @@ impl BusDevice for I8042 {
 
     fn write(&self, offset: u64, data: &[u8]) {
         let [value] = *data else { return };
+        METRICS.i8042.write_count.inc();
         let mut state = lock(&self.state);
         match offset {
             DATA => self.data(&mut state, value),

@@ -13,7 +13,9 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use log::{info, warn};
 use vm_superio::serial::SerialEvents;
@@ -22,6 +24,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
 use crate::event_loop::{EventSet, Events, Subscriber, lock};
+use crate::metrics::METRICS;
+use crate::rate_limiter::TokenBucket;
 
 /// Number of ports.
 pub const PORTS: u64 = 8;
@@ -48,7 +52,26 @@ pub enum Sink {
         input: Option<File>,
     },
     /// A Unix socket to which a client attaches.
-    Socket(UnixListener),
+    Socket(ConsoleSocket),
+}
+
+/// A Unix socket for a console. Its file is removed when it is dropped.
+pub struct ConsoleSocket {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl ConsoleSocket {
+    /// Binds `path`, where nothing may be yet.
+    pub fn bind(path: &Path) -> io::Result<Self> {
+        Ok(Self { listener: UnixListener::bind(path)?, path: path.to_owned() })
+    }
+}
+
+impl Drop for ConsoleSocket {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
 }
 
 /// Interrupt line as the serial port model wants it.
@@ -73,10 +96,17 @@ struct Output {
     pending: Arc<Mutex<Pending>>,
     ready: EventFd,
     keep_newest: bool,
+    limit: Option<TokenBucket>,
 }
 
 impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if let Some(limit) = &mut self.limit
+            && limit.take(bytes.len() as u64, Instant::now()).is_err()
+        {
+            METRICS.uart.rate_limiter_dropped_bytes.add(bytes.len() as u64);
+            return Ok(bytes.len());
+        }
         let mut pending = lock(&self.pending);
         let was_empty = pending.bytes.is_empty();
         for byte in bytes {
@@ -120,14 +150,20 @@ pub struct SerialPort(Arc<Mutex<Port>>);
 impl BusDevice for SerialPort {
     fn read(&self, offset: u64, data: &mut [u8]) {
         if let [value] = data {
+            METRICS.uart.read_count.inc();
             *value = lock(&self.0).read(offset as u8);
+        } else {
+            METRICS.uart.missed_read_count.inc();
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
         if let [value] = data {
+            METRICS.uart.write_count.inc();
             // Fails only if an interrupt cannot be raised, which an event descriptor never refuses.
             let _ = lock(&self.0).write(offset as u8, *value);
+        } else {
+            METRICS.uart.missed_write_count.inc();
         }
     }
 }
@@ -144,8 +180,9 @@ pub struct Console {
     input_open: bool,
 }
 
-/// Makes the port, which raises `irq`, and the console that serves it from an event loop.
-pub fn create(irq: EventFd, sink: Sink) -> io::Result<(SerialPort, Console)> {
+/// Makes the port, which raises `irq`, and the console that serves it from an event loop. Output beyond
+/// `limit`, in bytes, is dropped and counted.
+pub fn create(irq: EventFd, sink: Sink, limit: Option<TokenBucket>) -> io::Result<(SerialPort, Console)> {
     let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
     let (ready, room) = (event()?, event()?);
     let pending = Arc::new(Mutex::new(Pending::default()));
@@ -153,6 +190,7 @@ pub fn create(irq: EventFd, sink: Sink) -> io::Result<(SerialPort, Console)> {
         pending: pending.clone(),
         ready: ready.try_clone()?,
         keep_newest: matches!(sink, Sink::Socket(_)),
+        limit,
     };
     let port = Arc::new(Mutex::new(Serial::with_events(Line(irq), Room(room.try_clone()?), output)));
     let console = Console {
@@ -174,9 +212,9 @@ impl Console {
         events.add(&self.ready, TOKEN_OUTPUT, EventSet::IN)?;
         events.add(&self.room, TOKEN_ROOM, EventSet::IN)?;
         match &self.sink {
-            Sink::Socket(listener) => {
-                listener.set_nonblocking(true)?;
-                events.add(listener, TOKEN_LISTENER, EventSet::IN)?;
+            Sink::Socket(socket) => {
+                socket.listener.set_nonblocking(true)?;
+                events.add(&socket.listener, TOKEN_LISTENER, EventSet::IN)?;
             }
             Sink::Files { input, .. } => {
                 // Files and /dev/null cannot be waited for; a console has no use for them as input.
@@ -329,8 +367,8 @@ impl Console {
     }
 
     fn accept(&mut self) {
-        let (Sink::Socket(listener), Some(events)) = (&self.sink, &self.events) else { return };
-        let Ok((client, _)) = listener.accept() else { return };
+        let (Sink::Socket(socket), Some(events)) = (&self.sink, &self.events) else { return };
+        let Ok((client, _)) = socket.listener.accept() else { return };
         if self.client.is_some() {
             // Closed at once: one client at a time.
             info!("serial console: a second client was refused");

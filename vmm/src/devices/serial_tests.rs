@@ -8,7 +8,11 @@ struct Fixture {
 }
 
 fn fixture(sink: Sink) -> Fixture {
-    let (port, console) = create(EventFd::new(libc::EFD_NONBLOCK).unwrap(), sink).unwrap();
+    limited_fixture(sink, None)
+}
+
+fn limited_fixture(sink: Sink, limit: Option<TokenBucket>) -> Fixture {
+    let (port, console) = create(EventFd::new(libc::EFD_NONBLOCK).unwrap(), sink, limit).unwrap();
     let console = Arc::new(Mutex::new(console));
     let mut event_loop = EventLoop::new().unwrap();
     let events = event_loop.subscribe(console.clone());
@@ -87,7 +91,7 @@ fn input_waits_for_room_and_is_complete() {
 fn a_client_attaches_sees_what_was_written_and_may_come_again() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("console");
-    let mut f = fixture(Sink::Socket(UnixListener::bind(&path).unwrap()));
+    let mut f = fixture(Sink::Socket(ConsoleSocket::bind(&path).unwrap()));
     print(&f.port, b"before ");
     f.event_loop.run_once(0).unwrap();
     let mut first = UnixStream::connect(&path).unwrap();
@@ -118,4 +122,28 @@ fn a_client_attaches_sees_what_was_written_and_may_come_again() {
     f.event_loop.run_once(1000).unwrap();
     let count = third.read(&mut got).unwrap();
     assert_eq!(&got[..count], b"again");
+}
+
+#[test]
+fn output_beyond_the_limit_is_dropped() {
+    let (mut read, write) = pipe();
+    let hour = std::time::Duration::from_secs(3600);
+    let limit = TokenBucket::new(10, 5, hour, Instant::now());
+    let mut f = limited_fixture(Sink::Files { output: write, input: None }, limit);
+    print(&f.port, b"0123456789abcdefghij");
+    f.event_loop.run_once(1000).unwrap();
+    let mut got = [0; 64];
+    let count = read.read(&mut got).unwrap();
+    assert_eq!(&got[..count], b"0123456789abcde");
+}
+
+#[test]
+fn the_sockets_file_goes_with_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("console");
+    let socket = ConsoleSocket::bind(&path).unwrap();
+    assert!(ConsoleSocket::bind(&path).is_err());
+    assert!(path.exists());
+    drop(socket);
+    assert!(!path.exists());
 }

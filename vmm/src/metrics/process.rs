@@ -135,16 +135,14 @@ group! {
         exit_io_out: Counter,
         exit_mmio_read: Counter,
         exit_mmio_write: Counter,
+        /// vCPUs that could not go on.
         failures: Counter,
-        kvmclock_ctrl_fails: Counter,
     }
 }
 
 group! {
     /// The serial console.
     pub struct UartMetrics {
-        error_count: Counter,
-        flush_count: Counter,
         missed_read_count: Counter,
         missed_write_count: Counter,
         read_count: Counter,
@@ -156,9 +154,6 @@ group! {
 group! {
     /// The keyboard controller.
     pub struct I8042Metrics {
-        error_count: Counter,
-        missed_read_count: Counter,
-        missed_write_count: Counter,
         read_count: Counter,
         reset_count: Counter,
         write_count: Counter,

@@ -12,7 +12,7 @@ use kvm_ioctls::Kvm;
 
 use crate::config::{SerialConfig, VmConfig};
 use crate::control::{self, MachineBuilder, StartError};
-use crate::devices::serial::Sink;
+use crate::devices::serial::{ConsoleSocket, Sink};
 use crate::event_loop::EventLoop;
 use crate::jail;
 use crate::machine::{Machine, Resources};
@@ -26,6 +26,8 @@ enum StartFailure {
     Kvm(io::Error),
     #[error("serial: serial_out_path {path:?}: {error}")]
     SerialOutput { path: std::path::PathBuf, error: io::Error },
+    #[error("serial: socket_path {path:?}: {error}")]
+    SerialSocket { path: std::path::PathBuf, error: io::Error },
     #[error("the console cannot use standard input and output: {0}")]
     Console(io::Error),
 }
@@ -66,12 +68,18 @@ fn open_kvm() -> io::Result<Kvm> {
     Ok(unsafe { <Kvm as std::os::fd::FromRawFd>::from_raw_fd(fd) })
 }
 
-/// Where the configuration sends the console: a file, or the process's own input and output.
+/// Where the configuration sends the console: a file, a socket, or the process's own input and output.
 fn console(config: Option<&SerialConfig>) -> Result<Sink, StartFailure> {
     if let Some(path) = config.and_then(|config| config.serial_out_path.as_deref()) {
         let output =
             open_output(path).map_err(|error| StartFailure::SerialOutput { path: path.to_owned(), error })?;
         return Ok(Sink::Files { output, input: None });
+    }
+    if let Some(path) = config.and_then(|config| config.socket_path.as_deref()) {
+        let error = |error| StartFailure::SerialSocket { path: path.to_owned(), error };
+        let socket = ConsoleSocket::bind(path).map_err(error)?;
+        signals::remove_at_crash(path);
+        return Ok(Sink::Socket(socket));
     }
     let own = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned().map(File::from);
     let input = own(io::stdin().as_fd()).map_err(StartFailure::Console)?;
