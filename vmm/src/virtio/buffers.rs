@@ -37,6 +37,20 @@ pub enum BadChain {
     Direction,
 }
 
+/// The driver does what no working driver does: nothing it says can be believed any more.
+#[derive(Debug, thiserror::Error)]
+pub enum BrokenDriver {
+    /// The ring's own structure is wrong.
+    #[error("ring: {0}")]
+    Ring(#[from] virtio_queue::Error),
+    /// A chain cannot be used at all.
+    #[error("chain: {0}")]
+    Chain(#[from] BadChain),
+    /// A buffer without room for what must be in it, or a packet shorter than it says.
+    #[error("chain of {0} bytes is too short")]
+    TooShort(usize),
+}
+
 /// Which way the device uses a chain's buffers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Direction {
@@ -49,7 +63,9 @@ pub enum Direction {
 /// A list of pieces of guest memory. Reused from request to request so that it allocates only once.
 pub struct GuestBuffers {
     memory: Arc<Memory>,
+    /// Those before `first` are used up.
     pieces: Vec<iovec>,
+    first: usize,
     len: usize,
 }
 
@@ -60,12 +76,13 @@ unsafe impl Send for GuestBuffers {}
 impl GuestBuffers {
     /// An empty list of pieces of `memory`.
     pub fn new(memory: Arc<Memory>) -> Self {
-        Self { memory, pieces: Vec::new(), len: 0 }
+        Self { memory, pieces: Vec::new(), first: 0, len: 0 }
     }
 
     /// Forgets all pieces.
     pub fn clear(&mut self) {
         self.pieces.clear();
+        self.first = 0;
         self.len = 0;
     }
 
@@ -81,7 +98,7 @@ impl GuestBuffers {
 
     /// The pieces, for a system call. They stay in guest memory for as long as `self` lives.
     pub fn pieces(&self) -> &[iovec] {
-        &self.pieces
+        &self.pieces[self.first..]
     }
 
     /// Appends all buffers of `chain`, which must all have `direction`, and returns their bytes. On an
@@ -95,6 +112,7 @@ impl GuestBuffers {
         M: Deref,
         M::Target: vm_memory::GuestMemory,
     {
+        self.compact();
         let (pieces, before) = (self.pieces.len(), self.len);
         for descriptor in chain {
             if let Err(e) = self.push_descriptor(descriptor, direction) {
@@ -104,6 +122,14 @@ impl GuestBuffers {
             }
         }
         Ok(self.len - before)
+    }
+
+    /// Forgets pieces used up, before more are added: mostly all are, and then it costs nothing.
+    fn compact(&mut self) {
+        if self.first == self.pieces.len() || self.first > MAX_PIECES {
+            self.pieces.drain(..self.first);
+            self.first = 0;
+        }
     }
 
     fn push_descriptor(&mut self, descriptor: Descriptor, direction: Direction) -> Result<(), BadChain> {
@@ -122,7 +148,7 @@ impl GuestBuffers {
             if slice.is_empty() {
                 continue;
             }
-            if self.pieces.len() == MAX_PIECES {
+            if self.pieces().len() == MAX_PIECES {
                 return Err(BadChain::TooManyPieces);
             }
             let base = slice.ptr_guard_mut().as_ptr().cast();
@@ -151,19 +177,21 @@ impl GuestBuffers {
     pub fn move_front(&mut self, to: &mut Self, count: usize) -> bool {
         let mut rest = count;
         let mut needed = 0;
-        for piece in &self.pieces {
+        for piece in self.pieces() {
             if rest == 0 {
                 break;
             }
             rest = rest.saturating_sub(piece.iov_len);
             needed += 1;
         }
-        if rest > 0 || to.pieces.len() + needed > MAX_PIECES || !Arc::ptr_eq(&self.memory, &to.memory) {
+        if rest > 0 || to.pieces().len() + needed > MAX_PIECES || !Arc::ptr_eq(&self.memory, &to.memory) {
             return false;
         }
+        to.compact();
         let all = to.len + count;
-        to.pieces.extend_from_slice(&self.pieces[..needed]);
-        to.len = to.pieces.iter().map(|p| p.iov_len).sum();
+        let moved = &self.pieces()[..needed];
+        to.pieces.extend_from_slice(moved);
+        to.len += moved.iter().map(|p| p.iov_len).sum::<usize>();
         to.truncate(all);
         self.skip(count);
         true
@@ -174,8 +202,7 @@ impl GuestBuffers {
         let count = count.min(self.len);
         self.len -= count;
         let mut rest = count;
-        let mut gone = 0;
-        for piece in &mut self.pieces {
+        for piece in &mut self.pieces[self.first..] {
             if rest < piece.iov_len {
                 // SAFETY: `rest` is less than the piece's length.
                 piece.iov_base = unsafe { piece.iov_base.byte_add(rest) };
@@ -183,9 +210,8 @@ impl GuestBuffers {
                 break;
             }
             rest -= piece.iov_len;
-            gone += 1;
+            self.first += 1;
         }
-        self.pieces.drain(..gone);
     }
 
     /// Drops what lies beyond the first `len` bytes.
@@ -195,8 +221,8 @@ impl GuestBuffers {
         }
         self.len = len;
         let mut rest = len;
-        let mut kept = 0;
-        for piece in &mut self.pieces {
+        let mut kept = self.first;
+        for piece in &mut self.pieces[self.first..] {
             if rest == 0 {
                 break;
             }
@@ -231,7 +257,7 @@ impl GuestBuffers {
     fn each_part(&self, offset: usize, len: usize, mut copy: impl FnMut(*mut u8, usize, usize)) -> usize {
         let mut skip = offset;
         let mut done = 0;
-        for piece in &self.pieces {
+        for piece in self.pieces() {
             if done == len {
                 break;
             }
@@ -315,6 +341,28 @@ mod tests {
         assert_eq!((a.read_at(0, &mut got), &got[..3]), (3, &b"fgh"[..]));
         let mut other = buffers();
         assert!(!a.move_front(&mut other, 1));
+    }
+
+    #[test]
+    fn used_up_pieces_make_room_for_others() {
+        let mut b = buffers();
+        let mut driver = crate::virtio::testing::Driver::new(&[16]);
+        b.memory = driver.memory.clone();
+        let mut queue = driver.activation(0).queues.remove(0);
+        for i in 0..3 * MAX_PIECES as u64 {
+            driver.write(8 * i, &i.to_le_bytes());
+            driver.queues[0].offer(&[(8 * i, 8, true)]);
+            let chain = virtio_queue::QueueOwnedT::iter(&mut queue, &*driver.memory).unwrap().next().unwrap();
+            assert_eq!(b.push_chain(chain, Direction::Write), Ok(8));
+            if i >= 4 {
+                let mut got = [0; 8];
+                b.read_at(0, &mut got);
+                assert_eq!(u64::from_le_bytes(got), i - 4);
+                b.skip(8);
+                assert_eq!(b.len(), 32);
+            }
+        }
+        assert!(b.pieces.len() <= MAX_PIECES + 16);
     }
 
     #[test]

@@ -31,6 +31,7 @@ pub mod pmem;
 pub mod rng;
 #[cfg(test)]
 pub mod testing;
+pub mod used;
 pub mod vsock;
 
 /// `VIRTIO_F_VERSION_1` (bit 32): offered by the transport for every device.

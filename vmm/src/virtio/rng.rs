@@ -37,6 +37,7 @@ pub struct Rng {
     events: Option<Events>,
     resume: EventFd,
     active: Option<Active>,
+    paused: bool,
 }
 
 struct Active {
@@ -64,6 +65,7 @@ impl Rng {
             events: None,
             resume: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
             active: None,
+            paused: false,
         })
     }
 
@@ -124,7 +126,7 @@ impl Subscriber for Rng {
         if token == LIMITER {
             self.limiter.unblock();
         }
-        if !matches!(token, QUEUE | LIMITER | CONTINUE) || self.limiter.is_blocked() {
+        if !matches!(token, QUEUE | LIMITER | CONTINUE) || self.limiter.is_blocked() || self.paused {
             return;
         }
         if let Err(e) = self.work() {
@@ -173,6 +175,15 @@ impl VirtioDevice for Rng {
 
     fn reset(&mut self) {
         self.active = None;
+    }
+
+    fn pause(&mut self) {
+        self.paused = true;
+    }
+
+    fn resume(&mut self) {
+        self.paused = false;
+        let _ = self.resume.write(1);
     }
 }
 

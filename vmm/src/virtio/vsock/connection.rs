@@ -26,10 +26,10 @@ use std::time::{Duration, Instant};
 use log::debug;
 
 use super::packet::{HOST_CID, Header, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM, op};
-use super::rx::{BrokenDriver, RxRing};
+use super::rx::RxRing;
 use super::socket;
 use crate::event_loop::EventSet;
-use crate::virtio::buffers::GuestBuffers;
+use crate::virtio::buffers::{BrokenDriver, GuestBuffers};
 
 /// How long the guest may take to answer a host client's request.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);

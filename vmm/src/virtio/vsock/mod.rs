@@ -25,8 +25,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use self::muxer::{Delivered, Muxer};
 use self::packet::{HEADER_SIZE, Header};
-use self::rx::{BrokenDriver, RxRing};
-use super::buffers::{Direction, GuestBuffers};
+use self::rx::RxRing;
+use super::buffers::{BrokenDriver, Direction, GuestBuffers};
 use super::{ActivateError, Activation, F_RING_EVENT_IDX, FIRST_DEVICE_TOKEN, Interrupt, VirtioDevice};
 use crate::event_loop::{EventSet, Events, Subscriber};
 use crate::memory::Memory;
@@ -81,6 +81,7 @@ pub struct Vsock {
     events: Option<Events>,
     resume: EventFd,
     active: Option<Active>,
+    paused: bool,
 }
 
 struct Active {
@@ -108,7 +109,7 @@ impl Vsock {
         let muxer =
             Muxer::new(guest_cid, path.clone()).map_err(|source| VsockError::Listen { path, source })?;
         let resume = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-        Ok(Self { guest_cid, muxer, events: None, resume, active: None })
+        Ok(Self { guest_cid, muxer, events: None, resume, active: None, paused: false })
     }
 
     /// Where host programs connect.
@@ -145,15 +146,20 @@ impl Vsock {
         let mut unfinished = false;
         match token {
             RX_QUEUE => {}
+            TX_QUEUE if self.paused => {}
             TX_QUEUE => unfinished = active.process_tx(&mut self.muxer)?,
             CONTINUE => {
                 self.muxer.accept_rest(Instant::now());
-                unfinished = active.process_tx(&mut self.muxer)?;
+                if !self.paused {
+                    unfinished = active.process_tx(&mut self.muxer)?;
+                }
             }
             EVENT_QUEUE => active.reset_pending = false,
             _ => self.muxer.event(token, events, Instant::now()),
         }
-        unfinished |= active.process_rx(&mut self.muxer)?;
+        if !self.paused {
+            unfinished |= active.process_rx(&mut self.muxer)?;
+        }
         if unfinished || self.muxer.more_to_accept() {
             // Edge-triggered, as the queues' own descriptors.
             let _ = self.resume.write(1);
@@ -298,6 +304,16 @@ impl VirtioDevice for Vsock {
     fn reset(&mut self) {
         self.active = None;
         self.muxer.stop();
+    }
+
+    /// Sockets are still served, as far as that needs no guest memory: their events come only once.
+    fn pause(&mut self) {
+        self.paused = true;
+    }
+
+    fn resume(&mut self) {
+        self.paused = false;
+        let _ = self.resume.write(1);
     }
 }
 

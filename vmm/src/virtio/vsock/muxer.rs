@@ -16,11 +16,11 @@ use vmm_sys_util::timerfd::TimerFd;
 use super::connection::{Connection, Fate, Key};
 use super::handshake::{self, Progress};
 use super::packet::{HOST_CID, Header, TYPE_STREAM, op};
-use super::rx::{BrokenDriver, RxRing};
+use super::rx::RxRing;
 use super::socket;
 use crate::event_loop::{EventSet, Events};
 use crate::virtio::FIRST_DEVICE_TOKEN;
-use crate::virtio::buffers::GuestBuffers;
+use crate::virtio::buffers::{BrokenDriver, GuestBuffers};
 
 /// Most connections at a time, handshakes included.
 pub const MAX_CONNECTIONS: usize = 1024;

@@ -9,7 +9,7 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 
 use super::packet::{HEADER_SIZE, Header};
 use crate::memory::Memory;
-use crate::virtio::buffers::{BadChain, Direction, GuestBuffers};
+use crate::virtio::buffers::{BrokenDriver, Direction, GuestBuffers};
 
 /// The queue and the chains taken from it.
 pub struct RxRing {
@@ -24,20 +24,6 @@ pub struct RxRing {
     /// Where a chain is taken apart.
     scratch: GuestBuffers,
     used: bool,
-}
-
-/// The driver does what no working driver does: nothing it says can be believed any more.
-#[derive(Debug, thiserror::Error)]
-pub enum BrokenDriver {
-    /// The ring's own structure is wrong.
-    #[error("ring: {0}")]
-    Ring(#[from] virtio_queue::Error),
-    /// A chain cannot be used at all.
-    #[error("chain: {0}")]
-    Chain(#[from] BadChain),
-    /// A receive buffer without room for a header and a byte, or a packet shorter than it says.
-    #[error("packet of {0} bytes")]
-    TooShort(usize),
 }
 
 impl RxRing {

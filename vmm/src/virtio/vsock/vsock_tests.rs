@@ -796,6 +796,26 @@ fn after_a_transport_reset_connections_wait_for_the_driver() {
 }
 
 #[test]
+fn nothing_reaches_guest_memory_during_a_pause_and_nothing_is_lost() {
+    let mut guest = Guest::with_buffers();
+    let (mut client, header) = guest.open_from_host();
+    lock(&guest.device).pause();
+    client.write_all(b"patience").unwrap();
+    let mut other = guest.client();
+    other.write_all(b"CONNECT 5\n").unwrap();
+    guest.driver.write(TX_BUFFER, &data(&header, 0).to_bytes());
+    guest.driver.queues[TX].offer(&[(TX_BUFFER, 44, false)]);
+    guest.kick(TX_QUEUE);
+    guest.expect_nothing();
+    assert_eq!(guest.driver.queues[TX].used_chain(), None);
+    lock(&guest.device).resume();
+    let (_, payload) = guest.receive().unwrap();
+    assert_eq!(payload, b"patience");
+    guest.expect(op::REQUEST);
+    assert!(guest.driver.queues[TX].used_chain().is_some());
+}
+
+#[test]
 fn descriptors_sent_by_a_client_do_not_stall_the_stream() {
     use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
     use std::os::fd::AsRawFd;
