@@ -27,6 +27,7 @@ pub mod block;
 pub mod buffers;
 pub mod disk;
 pub mod mmio;
+pub mod net;
 pub mod pmem;
 pub mod rng;
 #[cfg(test)]

@@ -54,6 +54,9 @@ impl UsedBatch {
 
     /// Shows the driver everything added.
     pub fn publish(&mut self, queue: &mut Queue, memory: &Memory) -> Result<(), Error> {
+        if self.waiting == 0 {
+            return Ok(());
+        }
         let next = queue.next_used().wrapping_add(std::mem::take(&mut self.waiting));
         queue.set_next_used(next);
         let address = at(queue.used_ring(), 2)?;
