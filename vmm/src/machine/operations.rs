@@ -44,7 +44,12 @@ impl control::Machine for Machine {
     }
 
     fn update_network_interface(&mut self, update: &NetworkInterfaceUpdate) -> Result<(), MachineError> {
-        Err(MachineError::NoSuchDevice { kind: "network interface", id: update.iface_id.clone() })
+        let network = self.devices.network(&update.iface_id).ok_or_else(|| MachineError::NoSuchDevice {
+            kind: "network interface",
+            id: update.iface_id.clone(),
+        })?;
+        lock(network).update(update);
+        Ok(())
     }
 
     fn update_pmem(&mut self, update: &PmemUpdate) -> Result<(), MachineError> {

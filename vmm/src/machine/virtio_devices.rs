@@ -12,6 +12,7 @@ use crate::event_loop::lock;
 use crate::virtio::VirtioDevice;
 use crate::virtio::balloon::Balloon;
 use crate::virtio::block::{Block, BlockError};
+use crate::virtio::net::{Net, NetError};
 use crate::virtio::pmem::{Pmem, PmemError};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Vsock, VsockError};
@@ -28,6 +29,9 @@ pub enum DeviceError {
     /// See [`PmemError`].
     #[error(transparent)]
     Pmem(#[from] PmemError),
+    /// See [`NetError`].
+    #[error(transparent)]
+    Net(#[from] NetError),
     /// See [`VsockError`].
     #[error(transparent)]
     Vsock(#[from] VsockError),
@@ -39,6 +43,7 @@ pub struct Devices {
     all: Vec<Arc<Mutex<dyn VirtioDevice>>>,
     drives: Vec<Arc<Mutex<Block>>>,
     pmem: Vec<Arc<Mutex<Pmem>>>,
+    networks: Vec<Arc<Mutex<Net>>>,
     balloon: Option<Arc<Mutex<Balloon>>>,
 }
 
@@ -62,6 +67,11 @@ impl Devices {
     /// The drive with this id.
     pub fn drive(&self, id: &str) -> Option<&Arc<Mutex<Block>>> {
         self.drives.iter().find(|d| lock(d).id() == id)
+    }
+
+    /// The network interface with this id.
+    pub fn network(&self, id: &str) -> Option<&Arc<Mutex<Net>>> {
+        self.networks.iter().find(|n| lock(n).id() == id)
     }
 
     /// The persistent memory device with this id.
@@ -100,6 +110,11 @@ pub(super) fn create(config: &VmConfig, placer: &mut Placer) -> Result<Devices, 
         let device = Arc::new(Mutex::new(device));
         devices.add(placer, device.clone())?;
         devices.pmem.push(device);
+    }
+    for interface in &config.network_interfaces {
+        let device = Arc::new(Mutex::new(Net::new(interface).map_err(DeviceError::from)?));
+        devices.add(placer, device.clone())?;
+        devices.networks.push(device);
     }
     if let Some(vsock) = &config.vsock {
         let device = Vsock::new(vsock.guest_cid.into(), &vsock.uds_path).map_err(DeviceError::from)?;
