@@ -1,0 +1,76 @@
+//! The benchmarks: `scripts/bench boot|devices|density`.
+//!
+//! Each figure is taken for `pulau-vmm` and, where `PULAU_BENCH_OTHER` names the program of another VMM
+//! that speaks the same API, for that one in turn, run by run, so that what the machine does meanwhile
+//! meets both. Reported are medians, and the ratio ours to theirs of each pair of runs: its median, and the
+//! quartiles as its spread. Nothing here passes or fails.
+
+mod boot;
+mod density;
+mod devices;
+mod measure;
+mod report;
+mod vmm;
+
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+
+const USAGE: &str = "\
+Usage: bench boot|devices|density [--runs N] [--json FILE]
+
+  boot      process start to API, InstanceStart to the guest's init, memory beyond the guest's
+  devices   block and network throughput and latency
+  density   boots per second, one by one and side by side; idle microVMs in a given memory
+
+Environment: PULAU_BIN_DIR, PULAU_TEST_KERNEL, PULAU_TEST_ROOTFS_MINIMAL (set by scripts/bench);
+PULAU_BENCH_OTHER: program of another VMM with the same API, to be measured beside ours.";
+
+/// What was asked for on the command line.
+struct Options {
+    what: String,
+    runs: Option<usize>,
+    json: Option<String>,
+}
+
+fn parse() -> Result<Options> {
+    let mut arguments = std::env::args().skip(1);
+    let what = arguments.next().context(USAGE)?;
+    let mut options = Options { what, runs: None, json: None };
+    while let Some(argument) = arguments.next() {
+        let value = arguments.next().with_context(|| format!("{argument} needs a value\n{USAGE}"))?;
+        match argument.as_str() {
+            "--runs" => options.runs = Some(value.parse().context("--runs takes a number")?),
+            "--json" => options.json = Some(value),
+            _ => bail!("unknown argument {argument}\n{USAGE}"),
+        }
+    }
+    Ok(options)
+}
+
+fn run() -> Result<()> {
+    let options = parse()?;
+    let contenders = vmm::contenders()?;
+    let report = match options.what.as_str() {
+        "boot" => boot::run(&contenders, options.runs.unwrap_or(15))?,
+        "devices" => devices::run(&contenders, options.runs.unwrap_or(5))?,
+        "density" => density::run(&contenders, options.runs.unwrap_or(3))?,
+        other => bail!("unknown benchmark {other}\n{USAGE}"),
+    };
+    print!("{}", report.table());
+    if let Some(path) = options.json {
+        std::fs::write(&path, report.json()).with_context(|| format!("cannot write {path}"))?;
+        println!("written to {path}");
+    }
+    Ok(())
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("bench: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
