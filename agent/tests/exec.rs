@@ -1,5 +1,7 @@
 //! Processes run through the agent: how they start, what they are given, how they end.
 
+#![allow(clippy::unwrap_used)] // clippy.toml allows it in test functions, not in their helpers
+
 mod common;
 
 use std::collections::BTreeMap;

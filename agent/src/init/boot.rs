@@ -1,7 +1,9 @@
 //! The boot, step by step, with the time of each phase. What is on the way to "ready" is here and nowhere
 //! else; keep it short.
 
-use std::fs;
+use std::fs::{self, Metadata};
+use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
@@ -11,6 +13,7 @@ use nix::time::{ClockId, clock_gettime};
 use pulau_agent_protocol::boot::BootOptions;
 use pulau_agent_protocol::message::{BootPhase, Role};
 
+use super::supervise::{restore_signals, signals};
 use super::{boot_timer, modules, mounts, overlay};
 use crate::agent::Agent;
 use crate::listen::{Address, Listener};
@@ -48,7 +51,8 @@ pub fn boot(signals_before: &SigSet) -> Booted {
         boot.phase("overlay");
     }
     mounts::late(&mut |why| boot.problem(why));
-    boot.attempt("limit of open files", setrlimit(Resource::RLIMIT_NOFILE, 1024, OPEN_FILES));
+    // Refused where PID 1 is not the machine's; the limit that was given is then good enough.
+    let _ = setrlimit(Resource::RLIMIT_NOFILE, 1024, OPEN_FILES);
     boot.phase("mounts");
 
     if let Some(name) = options.hostname.clone().or_else(system::own_hostname) {
@@ -61,8 +65,8 @@ pub fn boot(signals_before: &SigSet) -> Booted {
     boot.phase("network");
 
     if let Some(init) = &options.init {
-        let error = hand_over(init, signals_before);
-        boot.problem(format!("{init}: {error}"));
+        let why = hand_over(init, signals_before);
+        boot.problem(format!("pulau.init={init}: {why}"));
     }
     let address = match options.listen.as_deref().map(str::parse) {
         None => Address::default(),
@@ -79,10 +83,16 @@ pub fn boot(signals_before: &SigSet) -> Booted {
 }
 
 /// Becomes the other init; returns why that failed.
-fn hand_over(init: &str, signals_before: &SigSet) -> std::io::Error {
-    let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(signals_before), None);
+fn hand_over(init: &str, signals_before: &SigSet) -> io::Error {
+    let same = |a: io::Result<Metadata>, b: io::Result<Metadata>| {
+        a.is_ok_and(|a| b.is_ok_and(|b| (a.dev(), a.ino()) == (b.dev(), b.ino())))
+    };
+    if same(fs::metadata(init), fs::metadata("/proc/self/exe")) {
+        return io::Error::other("is the agent itself");
+    }
+    restore_signals(signals_before);
     let error = Command::new(init).exec();
-    let _ = sigprocmask(SigmaskHow::SIG_BLOCK, Some(&super::supervise::signals()), None);
+    let _ = sigprocmask(SigmaskHow::SIG_BLOCK, Some(&signals()), None);
     error
 }
 

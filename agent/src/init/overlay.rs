@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::statfs::{FsType, TMPFS_MAGIC, statfs};
+use nix::sys::statvfs::FsFlags;
 use nix::unistd::{chdir, chroot};
 use pulau_agent_protocol::boot::Overlay;
 
@@ -32,8 +33,7 @@ const DEVICE_TIMEOUT: Duration = Duration::from_secs(5);
 /// A sentence saying which step failed. The root is then as it was, unless the very last steps failed.
 pub fn set_up(overlay: &Overlay) -> Result<(), String> {
     match overlay {
-        // An initramfs lives in memory and can be written: there is nothing to gain.
-        Overlay::Tmpfs if statfs("/").is_ok_and(|found| in_memory(found.filesystem_type())) => Ok(()),
+        Overlay::Tmpfs if writable_memory("/") => Ok(()),
         Overlay::Tmpfs => {
             mount(Some("layer"), STAGE, Some("tmpfs"), MsFlags::empty(), Some("mode=0755"))
                 .map_err(|e| format!("mount tmpfs on {STAGE}: {e}"))?;
@@ -51,8 +51,12 @@ pub fn set_up(overlay: &Overlay) -> Result<(), String> {
 /// `linux/magic.h`
 const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
 
-fn in_memory(kind: FsType) -> bool {
-    kind == RAMFS_MAGIC || kind == TMPFS_MAGIC
+/// Whether the root is an initramfs, to which a layer in memory would add nothing.
+fn writable_memory(path: &str) -> bool {
+    statfs(path).is_ok_and(|found| {
+        let kind = found.filesystem_type();
+        (kind == RAMFS_MAGIC || kind == TMPFS_MAGIC) && !found.flags().contains(FsFlags::ST_RDONLY)
+    })
 }
 
 fn wait_for(device: &str) -> Result<(), String> {

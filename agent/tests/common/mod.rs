@@ -1,5 +1,5 @@
 //! An agent as a service on a Unix socket of its own, and connections to it.
-#![allow(dead_code)] // Each test program uses its part.
+#![allow(dead_code, clippy::unwrap_used)] // each test program uses its part
 
 use std::fs;
 use std::os::unix::net::UnixStream;

@@ -18,12 +18,16 @@ impl<S: Stream> Connection<S> {
             Reply::Ready => {}
             other => return Err(unexpected(&other)),
         }
-        if let Err(e) = self.send_file(request.size, from) {
+        match self.send_file(request.size, from) {
+            Ok(()) => {}
             // The agent may have given up and said why before this side could not write any more.
-            return Err(match (e, self.wire.expect::<Reply>(Kind::Reply)) {
-                (ClientError::Disconnected, Err(agent @ ClientError::Agent(_))) => agent,
-                (e, _) => e,
-            });
+            Err(ClientError::Disconnected) => {
+                return Err(match self.wire.expect::<Reply>(Kind::Reply) {
+                    Err(why @ ClientError::Agent(_)) => why,
+                    _ => ClientError::Disconnected,
+                });
+            }
+            Err(e) => return Err(e),
         }
         match self.wire.expect(Kind::Reply)? {
             Reply::Done => Ok(()),
