@@ -156,7 +156,8 @@ fn rules_hold_during_an_exec_too() {
     let window = 256 * 1024;
     let flood = vec![(Kind::Stdin, vec![0; 65536]); window / 65536 + 2];
     let after_end = vec![(Kind::Stdin, vec![]), (Kind::Stdin, vec![1])];
-    let cases: [(&str, Vec<(Kind, Vec<u8>)>); 5] = [
+    type Frames = Vec<(Kind, Vec<u8>)>;
+    let cases: [(&str, Frames); 5] = [
         ("unacknowledged", flood),
         ("after its end", after_end),
         ("Request during an exec", vec![(Kind::Request, b"{}".to_vec())]),
