@@ -90,9 +90,9 @@ pub fn connect(uds: &Path, deadline: Instant) -> Result<Connection<UnixStream>, 
     // A VMM may lose a CONNECT sent before the guest's driver is up: give each try a bounded time.
     const ONE_TRY: Duration = Duration::from_secs(3);
     let mut pause = Duration::from_millis(1);
+    let mut earlier = None;
     loop {
-        let now = Instant::now();
-        let this_try = deadline.min(now + ONE_TRY);
+        let this_try = deadline.min(Instant::now() + ONE_TRY);
         let error = match dial(uds, AGENT_PORT, this_try) {
             Ok(stream) => match Connection::new(stream, Some(deadline)) {
                 // The VMM said OK, then the guest refused or was reset.
@@ -101,10 +101,13 @@ pub fn connect(uds: &Path, deadline: Instant) -> Result<Connection<UnixStream>, 
             },
             Err(e) => e,
         };
-        let again = error.may_pass() || matches!(error, DialError::TimedOut { .. });
-        if !again || Instant::now() + pause >= deadline {
-            return Err(ClientError::Io(io::Error::other(error)));
+        let timed_out = matches!(error, DialError::TimedOut { .. });
+        if !(timed_out || error.may_pass()) || Instant::now() + pause >= deadline {
+            // That the last try had too little time says less than why the one before it failed.
+            let why = earlier.filter(|_| timed_out).unwrap_or(error);
+            return Err(ClientError::Io(io::Error::other(why)));
         }
+        earlier = Some(error);
         thread::sleep(pause);
         pause = (pause * 2).min(Duration::from_millis(20));
     }
