@@ -12,7 +12,9 @@ die() { log "error: $*"; exit 1; }
 # The cache outside the tree. Everything in it can be made again; deleting it is always safe.
 cache_dir() {
     local dir=${PULAU_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/pulau}
-    [[ $dir == /* ]] || die "PULAU_CACHE must be an absolute path, not '$dir'"
+    # It becomes part of command lines of QEMU and of kernels, which give other characters a meaning.
+    [[ $dir =~ ^/[A-Za-z0-9_./@+-]+$ ]] ||
+        die "the cache must be an absolute path of letters, digits and _./@+-, not '$dir' (set PULAU_CACHE)"
     [[ -d $dir ]] || (umask 077 && mkdir -p "$dir") || die "cannot create the cache directory $dir"
     printf '%s\n' "$dir"
 }
