@@ -27,6 +27,7 @@ use crate::devices::serial::{self, Console};
 use crate::event_loop::{EventLoop, lock};
 use crate::loader::{self, Entry, LoadError};
 use crate::memory::{self, Memory, MemoryError};
+use crate::mmds::SharedMmds;
 use crate::rate_limiter::TokenBucket;
 use crate::stop::StopSink;
 use crate::vcpu::{self, Environment, Vcpu, VcpuError};
@@ -102,6 +103,8 @@ pub struct Resources<'a> {
     pub boot_timer: bool,
     /// Where the serial console goes.
     pub console: serial::Sink,
+    /// Metadata, for interfaces that serve it.
+    pub mmds: SharedMmds,
     /// Runs first on each vCPU thread.
     pub prepare_vcpu: fn() -> io::Result<()>,
 }
@@ -125,7 +128,7 @@ const IRQ_VMGENID: u32 = layout::IRQ_VIRTIO_FIRST;
 impl Machine {
     /// Builds the machine that `config` describes. Its vCPUs wait for [`Machine::run`].
     pub fn build(config: &VmConfig, resources: Resources) -> Result<Self, BuildError> {
-        let Resources { kvm, event_loop, stop, boot_timer, console, prepare_vcpu } = resources;
+        let Resources { kvm, event_loop, stop, boot_timer, console, mmds, prepare_vcpu } = resources;
         let boot_timer = boot_timer.then(|| Arc::new(BootTimer::start()));
         let huge = config.machine.huge_pages == HugePages::Hugetlbfs2M;
         let memory = Arc::new(memory::create(config.machine.mem_size_mib, huge)?);
@@ -148,7 +151,7 @@ impl Machine {
         }
 
         let mut placer =
-            Placer { vm: &mut vm, mmio: &mut mmio, memory: &memory, event_loop, windows: Vec::new() };
+            Placer { vm: &mut vm, mmio: &mut mmio, memory: &memory, event_loop, mmds, windows: Vec::new() };
         let devices = virtio_devices::create(config, &mut placer)?;
         let windows = placer.windows;
 
@@ -289,6 +292,7 @@ struct Placer<'a> {
     mmio: &'a mut Bus,
     memory: &'a Arc<Memory>,
     event_loop: &'a mut EventLoop,
+    mmds: SharedMmds,
     windows: Vec<VirtioWindow>,
 }
 

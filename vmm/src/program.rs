@@ -139,8 +139,12 @@ impl Program {
         events.add(stop.event(), TOKEN_STOP, EventSet::IN).map_err(host("wait for events"))?;
 
         let mmds = Arc::new(Mutex::new(Mmds::new(options.mmds_limit)));
-        let builder =
-            KvmBuilder { event_loop: event_loop.clone(), stop: stop.clone(), boot_timer: options.boot_timer };
+        let builder = KvmBuilder {
+            event_loop: event_loop.clone(),
+            stop: stop.clone(),
+            boot_timer: options.boot_timer,
+            mmds: mmds.clone(),
+        };
         let controller = Controller::new(options.id.clone(), mmds, Box::new(builder));
         Ok(Self { controller, server, end_requests, stop, event_loop })
     }

@@ -5,10 +5,11 @@ use std::sync::{Arc, Mutex};
 
 use vm_memory::GuestMemoryBackend;
 
-use super::{BuildError, Placer};
+use super::{BuildError, Placer, random};
 use crate::arch::layout;
 use crate::config::VmConfig;
 use crate::event_loop::lock;
+use crate::mmds::MmdsNetwork;
 use crate::virtio::VirtioDevice;
 use crate::virtio::balloon::Balloon;
 use crate::virtio::block::{Block, BlockError};
@@ -112,7 +113,15 @@ pub(super) fn create(config: &VmConfig, placer: &mut Placer) -> Result<Devices, 
         devices.pmem.push(device);
     }
     for interface in &config.network_interfaces {
-        let device = Arc::new(Mutex::new(Net::new(interface).map_err(DeviceError::from)?));
+        let mmds = match &config.mmds {
+            Some(mmds) if mmds.network_interfaces.contains(&interface.iface_id) => {
+                let mut seed = [0; 8];
+                random(&mut seed).map_err(|e| DeviceError::Host("random numbers", e))?;
+                Some(MmdsNetwork::new(mmds.address(), placer.mmds.clone(), u64::from_ne_bytes(seed)))
+            }
+            _ => None,
+        };
+        let device = Arc::new(Mutex::new(Net::new(interface, mmds).map_err(DeviceError::from)?));
         devices.add(placer, device.clone())?;
         devices.networks.push(device);
     }

@@ -1,16 +1,18 @@
 //! The metadata service: a JSON document the client writes over the control API and the guest reads over
 //! HTTP at a link-local address, as on EC2. Firecracker calls it MMDS.
 //!
-//! Here are the document, its tokens, and the service as a function from the bytes of a request to the
-//! bytes of a response; packets are another module's. The guest is hostile: nothing here grows or waits
-//! at its will.
+//! Here are the document, its tokens, the service as a function from the bytes of a request to the bytes of a
+//! response, and the small network stack through which the guest reaches it ([`MmdsNetwork`]). The guest
+//! is hostile: nothing here grows or waits at its will.
 
+mod network;
 mod service;
 mod store;
 mod token;
 
 use std::sync::{Arc, Mutex};
 
+pub use network::{MAX_FRAME, MmdsNetwork, PREFIX};
 pub use service::{GUEST_LIMITS, Served};
 pub use store::MmdsError;
 

@@ -16,6 +16,7 @@ use crate::devices::serial::{ConsoleSocket, Sink};
 use crate::event_loop::EventLoop;
 use crate::jail;
 use crate::machine::{Machine, Resources};
+use crate::mmds::SharedMmds;
 use crate::signals;
 use crate::stop::StopSink;
 
@@ -37,6 +38,7 @@ pub(super) struct KvmBuilder {
     pub event_loop: Rc<RefCell<EventLoop>>,
     pub stop: StopSink,
     pub boot_timer: bool,
+    pub mmds: SharedMmds,
 }
 
 impl MachineBuilder for KvmBuilder {
@@ -51,6 +53,7 @@ impl MachineBuilder for KvmBuilder {
             stop: self.stop.clone(),
             boot_timer: self.boot_timer,
             console,
+            mmds: self.mmds.clone(),
             prepare_vcpu: || Ok(()),
         };
         let machine = Machine::build(config, resources).map_err(|error| StartError(error.into()))?;

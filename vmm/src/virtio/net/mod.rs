@@ -18,10 +18,12 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use log::warn;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::timerfd::TimerFd;
 
 use self::rx::RxQueue;
 use self::tap::{HEADER_SIZE, Tap, TapError, offload};
@@ -35,6 +37,7 @@ use crate::config::{NetworkInterfaceConfig, NetworkInterfaceUpdate};
 use crate::event_loop::{EventSet, Events, Subscriber};
 use crate::memory::Memory;
 use crate::metrics;
+use crate::mmds::{self, MmdsNetwork};
 use crate::rate_limiter::RateLimiter;
 
 mod rx;
@@ -51,6 +54,7 @@ const TAP: u32 = FIRST_DEVICE_TOKEN;
 const RX_LIMITER: u32 = FIRST_DEVICE_TOKEN + 1;
 const TX_LIMITER: u32 = FIRST_DEVICE_TOKEN + 2;
 const CONTINUE: u32 = FIRST_DEVICE_TOKEN + 3;
+const MMDS_TIMER: u32 = FIRST_DEVICE_TOKEN + 4;
 
 /// Bytes in one direction before others in the event loop get their turn; a frame counts as at least
 /// [`FRAME_COST`].
@@ -157,9 +161,16 @@ pub struct Net {
     tx_limiter: RateLimiter,
     events: Option<Events>,
     resume: EventFd,
+    mmds: Option<Mmds>,
     active: Option<Active>,
     paused: bool,
     metrics: Arc<NetMetrics>,
+}
+
+/// The metadata service's end of the interface.
+struct Mmds {
+    network: MmdsNetwork,
+    timer: TimerFd,
 }
 
 struct Active {
@@ -178,17 +189,26 @@ struct Active {
 }
 
 impl Net {
-    /// Attaches to the tap that `config` names.
-    pub fn new(config: &NetworkInterfaceConfig) -> Result<Self, NetError> {
+    /// Attaches to the tap that `config` names. `mmds` is the metadata service's end of the interface, if it
+    /// is to have one.
+    pub fn new(config: &NetworkInterfaceConfig, mmds: Option<MmdsNetwork>) -> Result<Self, NetError> {
         let tap = Tap::open(&config.host_dev_name)
             .map_err(|source| NetError::Tap { id: config.iface_id.clone(), source })?;
-        Self::with_tap(config, tap)
+        Self::with_tap(config, tap, mmds)
     }
 
     /// The device that `config` describes, but over `tap`.
-    pub fn with_tap(config: &NetworkInterfaceConfig, tap: Tap) -> Result<Self, NetError> {
+    pub fn with_tap(
+        config: &NetworkInterfaceConfig,
+        tap: Tap,
+        mmds: Option<MmdsNetwork>,
+    ) -> Result<Self, NetError> {
         use feature::*;
         let host = |source| NetError::Host { id: config.iface_id.clone(), source };
+        let mmds = match mmds {
+            Some(network) => Some(Mmds { network, timer: TimerFd::new().map_err(|e| host(e.into()))? }),
+            None => None,
+        };
         let mut features = F_RING_EVENT_IDX
             | F_RING_INDIRECT_DESC
             | (CSUM | GUEST_CSUM | GUEST_TSO4 | GUEST_TSO6 | GUEST_ECN | HOST_TSO4 | HOST_TSO6 | HOST_ECN)
@@ -215,6 +235,7 @@ impl Net {
             tx_limiter: RateLimiter::from_config(config.tx_rate_limiter.as_ref()).map_err(host)?,
             events: None,
             resume: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(host)?,
+            mmds,
             active: None,
             paused: false,
             metrics,
@@ -257,6 +278,7 @@ impl Net {
                 transmit = true;
             }
             CONTINUE => transmit = true,
+            MMDS_TIMER => {}
             _ => return Ok(()),
         }
         let Some(active) = &mut self.active else { return Ok(()) };
@@ -270,6 +292,9 @@ impl Net {
         if unfinished {
             // Edge-triggered, as the queues' own descriptors.
             let _ = self.resume.write(1);
+        }
+        if let Some(mmds) = &mut self.mmds {
+            mmds.arm(&self.id);
         }
         let Some(active) = &mut self.active else { return Ok(()) };
         // One interrupt for both: there is only one line.
@@ -306,6 +331,13 @@ impl Net {
             let Some(payload) = len.checked_sub(HEADER_SIZE) else {
                 return Err(BrokenDriver::TooShort(len));
             };
+            if let Some(mmds) = &mut self.mmds
+                && mmds.take(&mut active.frame)
+            {
+                done += len.clamp(FRAME_COST, MAX_TX_FRAME);
+                active.tx_used.add(tx, memory, head, 0)?;
+                continue;
+            }
             if !self.tx_limiter.admit(payload as u64) {
                 self.metrics.tx_rate_limiter_throttled.inc();
                 tx.go_to_previous_position();
@@ -347,7 +379,7 @@ impl Net {
         let mut lost = None;
         let mut done = 0;
         let mut shown = 0;
-        while active.readable && !active.starved && done < BUDGET {
+        while (active.readable || self.mmds.is_some()) && !active.starved && done < BUDGET {
             let len = match active.held.take() {
                 Some(len) => len,
                 None => {
@@ -356,6 +388,17 @@ impl Net {
                         active.starved = true;
                         break;
                     };
+                    if let Some(frame) = self.mmds.as_mut().and_then(|m| m.network.next_frame(Instant::now()))
+                    {
+                        places.write_at(0, &[0; HEADER_SIZE]);
+                        let len = HEADER_SIZE + places.write_at(HEADER_SIZE, &frame);
+                        active.rx.finish(len)?;
+                        done += FRAME_COST;
+                        continue;
+                    }
+                    if !active.readable {
+                        break;
+                    }
                     match self.tap.read(places) {
                         Ok(len) if len >= HEADER_SIZE => len,
                         Ok(_) => {
@@ -427,6 +470,36 @@ impl Net {
         space[8] = 1;
         space[10..].copy_from_slice(&self.mtu.to_le_bytes());
         space
+    }
+}
+
+impl Mmds {
+    /// Takes the frame if it is for the service.
+    fn take(&mut self, frame: &mut GuestBuffers) -> bool {
+        let mut prefix = [0; mmds::PREFIX];
+        let len = frame.read_at(HEADER_SIZE, &mut prefix);
+        if !self.network.is_for_service(&prefix[..len]) {
+            return false;
+        }
+        frame.skip(HEADER_SIZE);
+        if frame.len() <= mmds::MAX_FRAME {
+            let mut copy = vec![0; frame.len()];
+            frame.read_at(0, &mut copy);
+            // The guest may have changed it since.
+            if self.network.is_for_service(&copy) {
+                self.network.take(&copy, Instant::now());
+            }
+        }
+        true
+    }
+
+    /// Has the timer say when the service has something to say unasked.
+    fn arm(&mut self, id: &str) {
+        if let Some(delay) = self.network.delay(Instant::now())
+            && let Err(e) = self.timer.reset(delay.max(Duration::from_millis(1)), None)
+        {
+            warn!("network interface {id}: timer of the metadata service: {e}");
+        }
     }
 }
 
@@ -502,6 +575,9 @@ impl VirtioDevice for Net {
 
     fn reset(&mut self) {
         self.active = None;
+        if let Some(mmds) = &mut self.mmds {
+            mmds.network.reset();
+        }
         if let Some(events) = &self.events {
             self.unwatch(events);
         }
@@ -530,6 +606,9 @@ impl Net {
         self.rx_limiter.register(events, RX_LIMITER)?;
         self.tx_limiter.register(events, TX_LIMITER)?;
         events.add(&self.resume, CONTINUE, edge)?;
+        if let Some(mmds) = &self.mmds {
+            events.add(&mmds.timer, MMDS_TIMER, edge)?;
+        }
         if !self.dead {
             events.add(&self.tap, TAP, edge)?;
         }
@@ -541,6 +620,9 @@ impl Net {
         self.tx_limiter.unregister(events);
         events.remove(&self.resume);
         events.remove(&self.tap);
+        if let Some(mmds) = &self.mmds {
+            events.remove(&mmds.timer);
+        }
     }
 }
 

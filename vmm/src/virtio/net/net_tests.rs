@@ -48,7 +48,7 @@ impl Guest {
     fn with(config: &NetworkInterfaceConfig, features: u64) -> Self {
         let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
         let (host, tap) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
-        let device = Net::with_tap(config, Tap::from_socket(tap)).unwrap();
+        let device = Net::with_tap(config, Tap::from_socket(tap), None).unwrap();
         Self::over(device, features, Some(host))
     }
 
@@ -482,12 +482,60 @@ fn nothing_reaches_guest_memory_during_a_pause_and_nothing_is_lost() {
 }
 
 #[test]
+fn the_metadata_service_is_on_the_link_and_the_rest_passes_by() {
+    let address = std::net::Ipv4Addr::new(169, 254, 169, 254);
+    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+    let (host, tap) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
+    let service = MmdsNetwork::new(address, Arc::new(Mutex::new(mmds::Mmds::new(100))), 1);
+    // Limits are for what goes to the tap.
+    let limited = NetworkInterfaceConfig { tx_rate_limiter: ops(1, 3_600_000), ..config() };
+    let device = Net::with_tap(&limited, Tap::from_socket(tap), Some(service)).unwrap();
+    let mut guest = Guest::over(device, F_RING_EVENT_IDX | feature::MRG_RXBUF, Some(host));
+    guest.offer_rx(200);
+    let arp = |target: [u8; 4]| {
+        let ethernet = [&[0xff; 6][..], &[6, 0, 0, 0, 0, 2, 8, 6, 0, 1, 8, 0, 6, 4, 0, 1]].concat();
+        [&[0; 12][..], &ethernet, &[6, 0, 0, 0, 0, 2], &[172, 16, 0, 2], &[0; 6], &target].concat()
+    };
+    for _ in 0..3 {
+        guest.driver.interrupted();
+        guest.send(&arp([169, 254, 169, 254]));
+        assert_eq!(guest.host_receives(), None);
+        let reply = guest.receive().unwrap();
+        assert_eq!(
+            (reply.len(), &reply[12..18], &reply[33..34]),
+            (12 + 42, &[6, 0, 0, 0, 0, 2][..], &[2][..])
+        );
+        assert!(guest.driver.interrupted());
+    }
+    guest.send(&arp([172, 16, 0, 1]));
+    assert_eq!(guest.host_receives().unwrap(), arp([172, 16, 0, 1]));
+    // Both kinds, to a guest that offers buffers late.
+    lock(&guest.device).reset();
+    guest.driver = Driver::new(&QUEUE_SIZES);
+    lock(&guest.device).activate(guest.driver.activation(guest.features)).unwrap();
+    guest.send(&arp([169, 254, 169, 254]));
+    guest.host_sends(&frame(60, 1));
+    guest.settle();
+    guest.offer_rx(200);
+    assert_eq!(guest.receive().unwrap().len(), 12 + 42);
+    assert_eq!(body(&guest.receive().unwrap()), body(&frame(60, 1)));
+    // A frame to the service that is longer than anything it takes, and one cut short.
+    let mut long = frame(60_000, 0);
+    long[24..26].copy_from_slice(&[8, 0]);
+    long[42..46].copy_from_slice(&address.octets());
+    guest.send(&long);
+    guest.send(&long[..46]);
+    assert_eq!(guest.host_receives(), None);
+    assert!(guest.driver.queues[TX].used_chain().is_some() && !guest.driver.broken());
+}
+
+#[test]
 fn taps_that_cannot_be_used_are_named() {
     let open = |name: &str| Tap::open(name).err().unwrap().to_string();
     assert!(open("nosuchtap0").starts_with("there is no interface nosuchtap0"));
     assert!(open("a-name-of-sixteen").starts_with("there is no interface"));
     let missing = NetworkInterfaceConfig { host_dev_name: "nosuchtap0".into(), ..config() };
-    let error = Net::new(&missing).err().unwrap().to_string();
+    let error = Net::new(&missing, None).err().unwrap().to_string();
     assert!(error.starts_with("host_dev_name of network interface eth0: there is no"), "{error}");
 }
 
@@ -527,8 +575,8 @@ fn a_real_tap_moves_frames_until_it_is_deleted() {
             return eprintln!("skipped: no network namespaces, no tap driver, or no ip program");
         };
         let config = NetworkInterfaceConfig { host_dev_name: "test0".into(), ..config() };
-        let device = Net::new(&config).unwrap();
-        let busy = Net::new(&config).err().unwrap().to_string();
+        let device = Net::new(&config, None).unwrap();
+        let busy = Net::new(&config, None).err().unwrap().to_string();
         assert!(busy.contains("cannot attach to test0 (another process uses it)"), "{busy}");
         let features = device.features();
         let mut guest = Guest::over(device, features, Some(wire));
