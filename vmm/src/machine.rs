@@ -309,10 +309,10 @@ impl Placer<'_> {
         };
         let irqfd = event().map_err(host("eventfd"))?;
         self.vm.bind_irq(&irqfd, window.irq)?;
-        let (transport, notifiers) =
+        let transport =
             MmioTransport::new(device, self.memory.clone(), Interrupt::new(irqfd), self.event_loop)
                 .map_err(host("virtio device"))?;
-        for (queue, notifier) in notifiers.iter().enumerate() {
+        for (queue, notifier) in transport.notifiers().iter().enumerate() {
             self.vm.bind_notification(notifier, window.address + mmio::QUEUE_NOTIFY, queue as u32)?;
         }
         self.mmio.insert(window.address, mmio::WINDOW, Arc::new(transport) as Arc<dyn BusDevice>)?;

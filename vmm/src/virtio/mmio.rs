@@ -58,6 +58,8 @@ const STEPS: [u32; 5] = {
 /// One device behind its registers.
 pub struct MmioTransport {
     state: Mutex<State>,
+    /// Kept open: the event loop forgets a descriptor that is closed.
+    notifiers: Vec<EventFd>,
 }
 
 struct State {
@@ -86,13 +88,14 @@ impl Subscriber for Forward {
 
 impl MmioTransport {
     /// Puts `device` behind registers, with one notification descriptor per queue added to `event_loop`
-    /// under the queue's index as token. The caller binds the descriptors to [`QUEUE_NOTIFY`].
+    /// under the queue's index as token. The caller binds [`MmioTransport::notifiers`] to
+    /// [`QUEUE_NOTIFY`].
     pub fn new(
         device: Arc<Mutex<dyn VirtioDevice>>,
         memory: Arc<Memory>,
         interrupt: Interrupt,
         event_loop: &mut EventLoop,
-    ) -> std::io::Result<(Self, Vec<EventFd>)> {
+    ) -> std::io::Result<Self> {
         let events: Events = event_loop.subscribe(Arc::new(Mutex::new(Forward(device.clone()))));
         let (device_type, queues, notifiers) = {
             let mut device = lock(&device);
@@ -122,7 +125,12 @@ impl MmioTransport {
             active: false,
             generation: 0,
         };
-        Ok((Self { state: Mutex::new(state) }, notifiers))
+        Ok(Self { state: Mutex::new(state), notifiers })
+    }
+
+    /// The queues' notification descriptors, by index.
+    pub fn notifiers(&self) -> &[EventFd] {
+        &self.notifiers
     }
 }
 

@@ -60,7 +60,6 @@ struct Fixture {
     event_loop: EventLoop,
     device: Arc<Mutex<Fake>>,
     transport: MmioTransport,
-    notifiers: Vec<EventFd>,
     interrupt: Interrupt,
 }
 
@@ -69,9 +68,8 @@ fn fixture() -> Fixture {
     let device = Arc::new(Mutex::new(Fake::default()));
     let interrupt = Interrupt::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
     let memory = Arc::new(memory::create(2, false).unwrap());
-    let (transport, notifiers) =
-        MmioTransport::new(device.clone(), memory, interrupt.clone(), &mut event_loop).unwrap();
-    Fixture { event_loop, device, transport, notifiers, interrupt }
+    let transport = MmioTransport::new(device.clone(), memory, interrupt.clone(), &mut event_loop).unwrap();
+    Fixture { event_loop, device, transport, interrupt }
 }
 
 impl Fixture {
@@ -130,11 +128,11 @@ fn a_driver_finds_negotiates_and_starts_the_device() {
     assert_eq!(features, 1 << 5 | F_RING_EVENT_IDX | F_VERSION_1);
     assert_eq!(sizes, [128, 0]);
 
-    f.notifiers[1].write(1).unwrap();
+    f.transport.notifiers()[1].write(1).unwrap();
     f.event_loop.run_once(1000).unwrap();
     f.event_loop.run_once(0).unwrap();
     assert_eq!(lock(&f.device).seen, [1], "one notification, seen once though its counter is never read");
-    f.notifiers[1].write(1).unwrap();
+    f.transport.notifiers()[1].write(1).unwrap();
     f.event_loop.run_once(1000).unwrap();
     assert_eq!(lock(&f.device).seen, [1, 1]);
 
