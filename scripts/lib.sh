@@ -164,6 +164,9 @@ programs_dir() {
     printf '%s/%s/%s\n' "$target" "$host" "$1"
 }
 
+# image TARGET: the path of a guest image, built if it is not in the cache; see images/build --help.
+image() { "$repo_dir/images/build" "$1" | tail -n 1; }
+
 # place_to_run PROGRAMS: prints `here` or `test-host`: where microVMs run. `pulau doctor` tells, by running
 # a guest. PULAU_PLACE=here or PULAU_PLACE=test-host decides without asking.
 place_to_run() {
