@@ -27,6 +27,13 @@ impl Vmm {
         stdout
     }
 
+    /// Runs a shell command that ends the guest, and with it the connection.
+    pub fn sh_and_end(&self, command: &str) {
+        let request =
+            ExecRequest { argv: vec!["/bin/sh".into(), "-c".into(), command.into()], ..Default::default() };
+        let _ = self.agent().output(&request, b"");
+    }
+
     /// Runs a shell command in the guest.
     #[track_caller]
     pub fn try_sh(&self, command: &str) -> (ExitStatus, String, String) {

@@ -213,7 +213,10 @@ fn bad_disks_are_refused_by_name() {
 
 #[test]
 fn two_writers_of_one_disk_are_refused_and_two_readers_are_not() {
-    let (first, path) = guest_with_disk(disk_of(1), json!({}));
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("data.img");
+    patterned_disk(&path, 1);
+    let (first, _) = guest_with_disk(|_| path.clone(), json!({}));
     first.sh("true");
     let second = Vmm::start();
     second.configure(1, 128, "");

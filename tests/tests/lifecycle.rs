@@ -64,7 +64,7 @@ fn pausing_many_times_under_load_loses_nothing() {
 #[test]
 fn power_off_ends_the_process_with_success() {
     let mut vmm = Vmm::booted();
-    let _ = vmm.try_sh("poweroff -f");
+    vmm.sh_and_end("poweroff -f");
     vmm.exits_with(ExitCode::Ok as i32);
     assert!(!vmm.path("api.sock").exists(), "the control socket is gone");
     assert!(!vmm.path("vsock").exists(), "the vsock socket is gone");
@@ -73,16 +73,19 @@ fn power_off_ends_the_process_with_success() {
 #[test]
 fn reboot_ends_the_process_with_its_own_code() {
     let mut vmm = Vmm::booted();
-    let _ = vmm.try_sh("reboot -f");
+    vmm.sh_and_end("reboot -f");
     vmm.exits_with(ExitCode::GuestReboot as i32);
 }
 
 #[test]
 fn a_guest_panic_ends_the_process_with_its_own_code_and_is_logged() {
-    let mut vmm = Vmm::booted();
-    let _ = vmm.try_sh("echo c > /proc/sysrq-trigger");
+    // The kernel panics when its init ends.
+    let mut vmm = Vmm::start();
+    vmm.configure(1, 128, "init=/bin/true");
+    vmm.boot();
     vmm.exits_with(ExitCode::GuestPanic as i32);
     assert!(vmm.log().contains("panic"), "{}", vmm.log());
+    assert!(vmm.console().contains("Attempted to kill init"), "{}", vmm.console());
 }
 
 #[test]
