@@ -136,8 +136,9 @@ bootstrap_debian() {
     local tar=$1 repository=$2 packages=$3 mode=root
     shift 3
     ((EUID == 0)) || mode=unshare
-    SOURCE_DATE_EPOCH=$image_time with_progress "installing Debian packages" \
-        mmdebstrap --mode="$mode" --variant=apt --format=tar --include="$packages" "$@" \
+    SOURCE_DATE_EPOCH=$image_time TMPDIR=${tar%/*} with_progress "installing Debian packages" \
+        mmdebstrap --mode="$mode" --variant=apt --format=tar \
+        --dpkgopt=force-unsafe-io --include="$packages" "$@" \
         '' "$tar" "deb [trusted=yes] copy:$repository ./"
 }
 
