@@ -17,9 +17,10 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::arch::acpi::{Platform, VirtioWindow};
 use crate::arch::boot::BootInfo;
 use crate::arch::cpu::Topology;
+use crate::arch::cpu_config::{self, CpuConfigError};
 use crate::arch::{acpi, boot, layout, mptable};
 use crate::bus::{Bus, BusDevice, Overlap};
-use crate::config::{HugePages, VmConfig};
+use crate::config::{HugePages, MachineConfig, VmConfig};
 use crate::devices::boot_timer::{self, BootTimer};
 use crate::devices::i8042::{self, I8042};
 use crate::devices::power::{self, Power, PvPanic};
@@ -67,6 +68,9 @@ pub enum BuildError {
     /// See [`DeviceError`].
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// See [`CpuConfigError`].
+    #[error(transparent)]
+    Cpu(#[from] CpuConfigError),
     /// See [`VmError`].
     #[error(transparent)]
     Vm(#[from] VmError),
@@ -137,6 +141,10 @@ impl Machine {
         }
         let boot = load_boot_source(config, &memory)?;
         let mut vm = Vm::new(kvm)?;
+        if let Some(cpu) = &config.cpu {
+            cpu_config::check_capabilities(kvm, cpu)?;
+            cpu_config::apply_cpuid(vm.cpuid_mut(), cpu)?;
+        }
         vm.set_memory(&memory)?;
 
         let (mut pio, mut mmio) = (Bus::default(), Bus::default());
@@ -157,7 +165,7 @@ impl Machine {
 
         write_firmware(config, &memory, &boot, &windows)?;
         let environment = Environment { pio: Arc::new(pio), mmio: Arc::new(mmio), stop };
-        let vcpus = start_vcpus(config.machine.vcpu_count, &vm, &boot.entry, environment, prepare_vcpu)?;
+        let vcpus = start_vcpus(config, &vm, &boot.entry, environment, prepare_vcpu)?;
         Ok(Self { vcpus, _vm: vm, memory, keyboard, console, boot_timer, devices })
     }
 
@@ -262,17 +270,21 @@ fn random(bytes: &mut [u8]) -> io::Result<()> {
 }
 
 fn start_vcpus(
-    count: u8,
+    config: &VmConfig,
     vm: &Vm,
     entry: &Entry,
     environment: Environment,
     prepare: fn() -> io::Result<()>,
 ) -> Result<Vec<Vcpu>, BuildError> {
     vcpu::install_kick_handler().map_err(host("signal handler"))?;
+    let MachineConfig { vcpu_count: count, smt, .. } = config.machine;
     let mut fds = Vec::new();
     for index in 0..count {
-        let fd = vcpu::create(vm.fd(), vm.cpuid(), Topology { index, count })?;
+        let fd = vcpu::create(vm.fd(), vm.cpuid(), Topology { index, count, smt })?;
         vcpu::set_boot_msrs(&fd, index)?;
+        if let Some(cpu) = &config.cpu {
+            cpu_config::apply_msrs(&fd, cpu)?;
+        }
         if index == 0 {
             vcpu::set_boot_state(&fd, entry)?;
         }

@@ -76,6 +76,11 @@ impl Vm {
         &self.cpuid
     }
 
+    /// The same, to change before vCPUs are created.
+    pub fn cpuid_mut(&mut self) -> &mut CpuId {
+        &mut self.cpuid
+    }
+
     /// Makes `memory` the guest's physical memory.
     pub fn set_memory(&mut self, memory: &Arc<Memory>) -> Result<(), VmError> {
         for region in memory.iter() {

@@ -11,8 +11,10 @@ use kvm_bindings::{CpuId, kvm_cpuid_entry2, kvm_msr_entry};
 pub struct Topology {
     /// This vCPU's number, also its APIC id.
     pub index: u8,
-    /// vCPUs of the VM, 1 to 32. One socket, one core each.
+    /// vCPUs of the VM, 1 to 32. One socket.
     pub count: u8,
+    /// Whether two vCPUs are the threads of a core (if there is more than one), or each is a core.
+    pub smt: bool,
 }
 
 impl Topology {
@@ -20,12 +22,18 @@ impl Topology {
     fn core_bits(self) -> u32 {
         u32::from(self.count).next_power_of_two().trailing_zeros()
     }
+
+    /// Threads of a core. One bit of an APIC id numbers them if they are two, none if there is one.
+    fn threads(self) -> u32 {
+        1 + u32::from(self.smt && self.count > 1)
+    }
 }
 
 /// Adapts KVM's supported CPUID leaves to one vCPU of this VM.
 pub fn adapt_cpuid(cpuid: &mut CpuId, topology: Topology) {
     let apic_id = u32::from(topology.index);
     let count = u32::from(topology.count);
+    let threads = topology.threads();
     for e in cpuid.as_mut_slice() {
         match (e.function, e.index) {
             (0x1, _) => {
@@ -37,13 +45,13 @@ pub fn adapt_cpuid(cpuid: &mut CpuId, topology: Topology) {
                 set(&mut e.ecx, 31, true); // hypervisor present
                 set(&mut e.edx, 28, topology.count > 1); // HTT: more than one logical processor
             }
-            // Caches (Intel leaf 4, AMD leaf 0x8000_001d): levels 1 and 2 private, level 3 shared by all.
+            // Caches (Intel leaf 4, AMD leaf 0x8000_001d): levels 1 and 2 a core's, level 3 shared by all.
             (0x4 | 0x8000_001d, _) if e.eax & 0x1f != 0 => {
                 let level = e.eax >> 5 & 7;
-                let sharers = if level >= 3 { count } else { 1 };
+                let sharers = if level >= 3 { count } else { threads };
                 e.eax = e.eax & !(0xfff << 14) | (sharers - 1) << 14;
                 if e.function == 0x4 {
-                    e.eax = e.eax & 0x03ff_ffff | (count - 1).min(63) << 26;
+                    e.eax = e.eax & 0x03ff_ffff | (count / threads - 1).min(63) << 26;
                 }
             }
             // Thermal and power: no turbo, no energy bias, no hardware feedback.
@@ -51,7 +59,7 @@ pub fn adapt_cpuid(cpuid: &mut CpuId, topology: Topology) {
             (0xa, _) => (e.eax, e.ebx, e.ecx, e.edx) = (0, 0, 0, 0),
             (0xb | 0x1f, index) => {
                 let (shift, kind, number) = match index {
-                    0 => (0, 1, 1),
+                    0 => (threads - 1, 1, threads),
                     1 => (topology.core_bits(), 2, count),
                     _ => (0, 0, 0),
                 };
@@ -65,7 +73,10 @@ pub fn adapt_cpuid(cpuid: &mut CpuId, topology: Topology) {
             }
             (0x8000_0008, _) => e.ecx = (count - 1) | topology.core_bits() << 12,
             (0x8000_000a, _) => (e.eax, e.ebx, e.ecx, e.edx) = (0, 0, 0, 0),
-            (0x8000_001e, _) => (e.eax, e.ebx, e.ecx) = (apic_id, apic_id, 0),
+            (0x8000_001e, _) => {
+                let core = apic_id / threads;
+                (e.eax, e.ebx, e.ecx) = (apic_id, core | (threads - 1) << 8, 0);
+            }
             (0x8000_0022, _) => (e.eax, e.ebx, e.ecx, e.edx) = (0, 0, 0, 0),
             _ => {}
         }
@@ -79,7 +90,10 @@ fn add_topology_leaf(cpuid: &mut CpuId, topology: Topology) {
     if cpuid.as_slice().iter().any(|e| e.function == 0xb) {
         return;
     }
-    for (index, eax, ebx, kind) in [(0, 0, 1, 1), (1, topology.core_bits(), u32::from(topology.count), 2)] {
+    let threads = topology.threads();
+    for (index, eax, ebx, kind) in
+        [(0, threads - 1, threads, 1), (1, topology.core_bits(), u32::from(topology.count), 2)]
+    {
         // Full only if a host offers as many leaves as KVM allows; the guest then reads the older leaves.
         let _ = cpuid.push(kvm_cpuid_entry2 {
             function: 0xb,
@@ -128,7 +142,7 @@ mod tests {
     fn each_vcpu_sees_its_own_number_and_the_vms_topology() {
         let mut cpuid =
             CpuId::from_entries(&[leaf(1, 0), leaf(0x8000_0008, 0), leaf(0x8000_001e, 0)]).unwrap();
-        adapt_cpuid(&mut cpuid, Topology { index: 3, count: 6 });
+        adapt_cpuid(&mut cpuid, Topology { index: 3, count: 6, smt: false });
         assert_eq!(find(&cpuid, 1, 0).ebx >> 16, 3 << 8 | 6);
         assert_eq!(find(&cpuid, 0x8000_0008, 0).ecx, 5 | 3 << 12);
         assert_eq!(find(&cpuid, 0x8000_001e, 0).eax, 3);
@@ -138,11 +152,25 @@ mod tests {
     }
 
     #[test]
+    fn two_vcpus_are_threads_of_a_core_where_asked_for() {
+        let mut cpuid = CpuId::from_entries(&[leaf(4, 1), leaf(4, 3), leaf(0x8000_001e, 0)]).unwrap();
+        for (index, level) in [1, 3].into_iter().enumerate() {
+            cpuid.as_mut_slice()[index].eax = level << 5 | 1;
+        }
+        adapt_cpuid(&mut cpuid, Topology { index: 5, count: 6, smt: true });
+        assert_eq!(find(&cpuid, 0x8000_001e, 0).ebx, 1 << 8 | 2, "thread of core 2");
+        assert_eq!((find(&cpuid, 0xb, 0).eax, find(&cpuid, 0xb, 0).ebx), (1, 2));
+        assert_eq!((find(&cpuid, 0xb, 1).eax, find(&cpuid, 0xb, 1).ebx), (3, 6));
+        assert_eq!(find(&cpuid, 4, 1).eax >> 14, 2 << 12 | 1, "of three cores, shared by two threads");
+        assert_eq!(find(&cpuid, 4, 3).eax >> 14, 2 << 12 | 5, "shared by all");
+    }
+
+    #[test]
     fn nested_virtualisation_and_performance_counters_are_hidden() {
         let mut cpuid =
             CpuId::from_entries(&[leaf(1, 0), leaf(0xa, 0), leaf(0x8000_0001, 0), leaf(0x8000_000a, 0)])
                 .unwrap();
-        adapt_cpuid(&mut cpuid, Topology { index: 0, count: 1 });
+        adapt_cpuid(&mut cpuid, Topology { index: 0, count: 1, smt: true });
         let basic = find(&cpuid, 1, 0);
         assert_eq!(basic.ecx & (1 << 5 | 1 << 3 | 1 << 15), 0);
         assert_ne!(basic.ecx & 1 << 31, 0);

@@ -3,5 +3,6 @@
 pub mod acpi;
 pub mod boot;
 pub mod cpu;
+pub mod cpu_config;
 pub mod layout;
 pub mod mptable;
