@@ -89,6 +89,17 @@ impl EventLoop {
         Events { epoll: self.epoll.clone(), subscriber: (self.subscribers.len() - 1) as SubscriberId }
     }
 
+    /// How many subscribers there are, for [`EventLoop::unsubscribe_from`].
+    pub fn subscribers(&self) -> usize {
+        self.subscribers.len()
+    }
+
+    /// Forgets the subscribers that came after the first `count`. Their descriptors are no longer waited for
+    /// once they are closed, as they are when nobody else keeps the subscribers.
+    pub fn unsubscribe_from(&mut self, count: usize) {
+        self.subscribers.truncate(count);
+    }
+
     /// Waits up to `timeout_ms` (-1: for ever), dispatches what happened, and returns the owner's events.
     pub fn run_once(&mut self, timeout_ms: i32) -> io::Result<Vec<OwnEvent>> {
         let count = match self.epoll.wait(timeout_ms, &mut self.ready) {

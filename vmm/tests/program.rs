@@ -186,6 +186,31 @@ fn requests_are_answered_and_kept_to_their_limits() {
     assert!(vmm.log().contains("[vm-1:main] API: PATCH \"/vm\": 400"), "{}", vmm.log());
 }
 
+/// Neither needs a KVM that works: both fail before it comes to that.
+#[test]
+fn a_start_that_fails_leaves_nothing_and_can_be_repeated() {
+    let vmm = Vmm::start(&[]);
+    let kernel = write(vmm.dir.path(), "kernel", "x");
+    let console = vmm.dir.path().join("console");
+    let start = || vmm.ask("PUT", "/actions", r#"{"action_type":"InstanceStart"}"#);
+    let boot_source = format!(r#"{{"kernel_image_path":"{kernel}"}}"#);
+    assert_eq!(vmm.ask("PUT", "/boot-source", &boot_source).0, 204);
+    let serial = format!(r#"{{"socket_path":"{}"}}"#, console.display());
+    assert_eq!(vmm.ask("PUT", "/serial", &serial).0, 204);
+    assert_eq!(vmm.ask("PUT", "/machine-config", r#"{"vcpu_count":1,"mem_size_mib":1048576}"#).0, 204);
+    let (status, body) = start();
+    assert_eq!(status, 400);
+    assert!(body.contains("mem_size_mib 1048576 is more than this host's memory"), "{body}");
+    assert_eq!(vmm.ask("PATCH", "/machine-config", r#"{"mem_size_mib":64}"#).0, 204);
+    for _ in 0..2 {
+        let (status, body) = start();
+        assert_eq!(status, 400);
+        assert!(body.contains("Start microvm error: "), "{body}");
+        assert!(!console.exists());
+    }
+    assert!(vmm.ask("GET", "/", "").1.contains("Not started"));
+}
+
 #[test]
 fn many_clients_at_once_are_served() {
     let vmm = Vmm::start(&[]);

@@ -23,6 +23,8 @@ use crate::stop::StopSink;
 /// Why a machine could not be started, before it came to building it.
 #[derive(Debug, thiserror::Error)]
 enum StartFailure {
+    #[error("machine-config: mem_size_mib {mem_size_mib} is more than this host's memory, {host_mib} MiB")]
+    Memory { mem_size_mib: u64, host_mib: u64 },
     #[error("cannot open /dev/kvm: {0}")]
     Kvm(io::Error),
     #[error("serial: serial_out_path {path:?}: {error}")]
@@ -43,7 +45,25 @@ pub(super) struct KvmBuilder {
 
 impl MachineBuilder for KvmBuilder {
     fn start(&mut self, config: &VmConfig) -> Result<Box<dyn control::Machine>, StartError> {
+        let subscribers = self.event_loop.borrow().subscribers();
+        match self.build(config) {
+            Ok(machine) => {
+                machine.run();
+                Ok(Box::new(machine))
+            }
+            Err(error) => {
+                // What of the machine had come as far as the event loop goes with it.
+                self.event_loop.borrow_mut().unsubscribe_from(subscribers);
+                Err(error)
+            }
+        }
+    }
+}
+
+impl KvmBuilder {
+    fn build(&self, config: &VmConfig) -> Result<Machine, StartError> {
         let fail = |failure: StartFailure| StartError(failure.into());
+        check_memory(config.machine.mem_size_mib).map_err(fail)?;
         let console = console(config.serial.as_ref()).map_err(fail)?;
         let uses_terminal = matches!(console, Sink::Files { input: Some(_), .. });
         let kvm = open_kvm().map_err(StartFailure::Kvm).map_err(fail)?;
@@ -60,9 +80,24 @@ impl MachineBuilder for KvmBuilder {
         if uses_terminal {
             signals::raw_terminal().map_err(StartFailure::Console).map_err(fail)?;
         }
-        machine.run();
-        Ok(Box::new(machine))
+        Ok(machine)
     }
+}
+
+/// Guests may together be promised more memory than there is, but none alone.
+fn check_memory(mem_size_mib: u64) -> Result<(), StartFailure> {
+    let mut info = std::mem::MaybeUninit::<libc::sysinfo>::uninit();
+    // SAFETY: the pointer is to memory for what the call writes.
+    if unsafe { libc::sysinfo(info.as_mut_ptr()) } != 0 {
+        return Ok(());
+    }
+    // SAFETY: the call succeeded, so it has written all of it.
+    let info = unsafe { info.assume_init() };
+    let host_mib = info.totalram.saturating_mul(info.mem_unit.into()) >> 20;
+    if mem_size_mib > host_mib {
+        return Err(StartFailure::Memory { mem_size_mib, host_mib });
+    }
+    Ok(())
 }
 
 fn open_kvm() -> io::Result<Kvm> {
