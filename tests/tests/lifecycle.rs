@@ -93,7 +93,7 @@ fn ctrl_alt_del_shuts_the_guest_down_in_order() {
     let mut vmm = Vmm::booted();
     vmm.sh("true");
     vmm.put("/actions", json!({"action_type": "SendCtrlAltDel"})).ok();
-    vmm.exits_with(ExitCode::GuestReboot as i32);
+    vmm.exits_with(ExitCode::Ok as i32);
 }
 
 #[test]

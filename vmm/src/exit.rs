@@ -5,7 +5,8 @@
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum ExitCode {
-    /// The guest powered off, or the process was asked to end (SIGTERM, SIGINT).
+    /// The guest powered off, or ended as it was asked to (SendCtrlAltDel), or the process was asked to end
+    /// (SIGTERM, SIGINT).
     Ok = 0,
     /// Something failed; the log and standard error say what.
     Error = 1,

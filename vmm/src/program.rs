@@ -179,7 +179,7 @@ impl Program {
                 }
             }
             if let Some(reason) = self.stop.reason() {
-                return Ok(ending(&reason));
+                return Ok(ending(&reason, self.controller.stop_asked_for()));
             }
         }
     }
@@ -205,15 +205,15 @@ impl Program {
 }
 
 /// Logs why the machine ended and returns the code for it.
-fn ending(reason: &StopReason) -> ExitCode {
+fn ending(reason: &StopReason, stop_asked_for: bool) -> ExitCode {
     match reason {
         StopReason::PowerOff => {
             log::info!("The guest powered off.");
             ExitCode::Ok
         }
         StopReason::Reset => {
-            log::info!("The guest asked for a reset.");
-            ExitCode::GuestReboot
+            log::info!("The guest reset itself.");
+            if stop_asked_for { ExitCode::Ok } else { ExitCode::GuestReboot }
         }
         StopReason::Panic => {
             log::error!("The guest's kernel panicked.");

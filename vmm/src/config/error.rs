@@ -109,6 +109,9 @@ pub enum ConfigError {
     )]
     MmdsAddress { address: std::net::Ipv4Addr },
 
+    #[error("unknown field `{name}`")]
+    UnknownField { name: String },
+
     #[error("serial: serial_out_path and socket_path exclude each other")]
     SerialTwoSinks,
 

@@ -1,7 +1,10 @@
 //! A whole configuration as one JSON object: `--config-file`, and `GET /vm/config`.
 
+use std::collections::BTreeMap;
+
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::Value;
 
 use super::{
     BalloonConfig, BootSourceConfig, ConfigError, CpuConfig, DriveConfig, EntropyConfig, LoggerConfig,
@@ -12,7 +15,7 @@ use super::{
 /// A whole configuration, in the shape of Firecracker's configuration file. What is absent is not
 /// configured. `cpu-config` is the configuration itself, not the path of a file with it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+#[serde(rename_all = "kebab-case")]
 pub struct FullVmConfig {
     pub balloon: Option<BalloonConfig>,
     #[serde(default)]
@@ -35,6 +38,10 @@ pub struct FullVmConfig {
     /// Not in Firecracker's file; left out of `GET /vm/config` where it was not set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<SerialConfig>,
+    /// What has no meaning. Clients of Firecracker, which ignores it, write such fields as null; anything
+    /// else in them is refused.
+    #[serde(flatten, skip_serializing)]
+    pub unknown: BTreeMap<String, Value>,
 }
 
 /// A part of Firecracker's configuration that there is not. It cannot be made, also not by reading it.
@@ -52,6 +59,9 @@ impl TryFrom<FullVmConfig> for VmConfig {
 
     /// Everything but `logger` and `metrics`, which are of the process and not of the microVM.
     fn try_from(full: FullVmConfig) -> Result<Self, ConfigError> {
+        if let Some((name, _)) = full.unknown.iter().find(|(_, value)| !value.is_null()) {
+            return Err(ConfigError::UnknownField { name: name.clone() });
+        }
         let mut config = VmConfig::default();
         if let Some(machine) = full.machine_config {
             config.set_machine(machine)?;
@@ -105,6 +115,7 @@ impl From<&VmConfig> for FullVmConfig {
             pmem: config.pmem.clone(),
             memory_hotplug: None,
             serial: config.serial.clone(),
+            unknown: BTreeMap::new(),
         }
     }
 }

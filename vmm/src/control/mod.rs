@@ -50,7 +50,7 @@ const APP_NAME: &str = "Pulau";
 /// The microVM as far as there is one.
 enum Stage {
     NotStarted(Box<dyn MachineBuilder>),
-    Started { machine: Box<dyn Machine>, paused: bool },
+    Started { machine: Box<dyn Machine>, paused: bool, stop_asked_for: bool },
 }
 
 /// See the module's text.
@@ -77,6 +77,12 @@ impl Controller {
             Stage::Started { paused: false, .. } => VmState::Running,
             Stage::Started { paused: true, .. } => VmState::Paused,
         }
+    }
+
+    /// Whether the guest has been asked to stop. To clients of Firecracker a reset is then what they wanted:
+    /// it is how guests without ACPI stop.
+    pub fn stop_asked_for(&self) -> bool {
+        matches!(self.stage, Stage::Started { stop_asked_for: true, .. })
     }
 
     /// The configuration as it is now.
@@ -134,8 +140,11 @@ impl Controller {
             Action::Unsupported(what) => Err(ControlError::Unsupported(what)),
             action => match &mut self.stage {
                 Stage::NotStarted(_) => self.handle_before_start(action),
-                Stage::Started { machine, paused } => {
-                    runtime::handle(machine.as_mut(), paused, &mut self.config, action)
+                Stage::Started { machine, paused, stop_asked_for } => {
+                    let asks_to_stop = action == Action::SendCtrlAltDel;
+                    let outcome = runtime::handle(machine.as_mut(), paused, &mut self.config, action);
+                    *stop_asked_for |= asks_to_stop && outcome.is_ok();
+                    outcome
                 }
             },
         }
@@ -185,7 +194,7 @@ impl Controller {
         };
         self.config.check_bootable()?;
         let machine = builder.start(&self.config)?;
-        self.stage = Stage::Started { machine, paused: false };
+        self.stage = Stage::Started { machine, paused: false, stop_asked_for: false };
         log::info!("The microVM was started.");
         Ok(())
     }

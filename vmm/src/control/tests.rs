@@ -293,6 +293,12 @@ fn states_follow_start_pause_and_resume() {
     test.done(Action::Resume);
     assert_eq!(state(&mut test), "Running");
     assert_eq!(test.calls(), ["start 1", "pause", "resume"]);
+    test.script.borrow_mut().fail = true;
+    test.fails(Action::SendCtrlAltDel);
+    assert!(!test.controller.stop_asked_for());
+    test.script.borrow_mut().fail = false;
+    test.done(Action::SendCtrlAltDel);
+    assert!(test.controller.stop_asked_for());
 }
 
 #[test]
