@@ -184,3 +184,21 @@ impl Drop for Vmm {
 pub fn drive(id: &str, path: &Path, root: bool, read_only: bool) -> Value {
     json!({"drive_id": id, "path_on_host": path, "is_root_device": root, "is_read_only": read_only})
 }
+
+/// A kernel that ends its VM at once: an ELF file whose only segment, at 1 MiB, is `ud2`, with an empty
+/// interrupt table to handle it by.
+pub fn triple_fault_kernel() -> Vec<u8> {
+    let code = [0x0f, 0x0b, 0xf4];
+    let mut bytes = vec![0; 4096];
+    bytes[..7].copy_from_slice(b"\x7fELF\x02\x01\x01");
+    (bytes[16], bytes[18], bytes[32], bytes[54], bytes[56]) = (2, 62, 64, 56, 1);
+    let entry = 0x10_0000u64.to_le_bytes();
+    bytes[24..32].copy_from_slice(&entry);
+    bytes[64] = 1;
+    bytes[72..80].copy_from_slice(&4096u64.to_le_bytes());
+    bytes[88..96].copy_from_slice(&entry);
+    bytes[96..104].copy_from_slice(&(code.len() as u64).to_le_bytes());
+    bytes[104..112].copy_from_slice(&4096u64.to_le_bytes());
+    bytes.extend_from_slice(&code);
+    bytes
+}

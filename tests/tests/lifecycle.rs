@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use pulau_tests::vmm::Vmm;
+use pulau_tests::vmm::{Vmm, triple_fault_kernel};
 use pulau_tests::{PATIENCE, wait_for};
 use serde_json::json;
 
@@ -98,30 +98,13 @@ fn ctrl_alt_del_shuts_the_guest_down_in_order() {
 
 #[test]
 fn a_triple_fault_ends_the_process_with_its_own_code() {
-    // A kernel of three bytes in an ELF file: `ud2` with an empty interrupt table.
     let vmm = Vmm::start();
     let kernel = vmm.path("triple");
-    std::fs::write(&kernel, elf(&[0x0f, 0x0b, 0xf4])).unwrap();
+    std::fs::write(&kernel, triple_fault_kernel()).unwrap();
     vmm.put("/boot-source", json!({"kernel_image_path": kernel})).ok();
     let mut vmm = vmm;
     vmm.boot();
     vmm.exits_with(ExitCode::TripleFault as i32);
-}
-
-/// An ELF file whose only segment, at 1 MiB, is `code`.
-fn elf(code: &[u8]) -> Vec<u8> {
-    let mut bytes = vec![0; 4096];
-    bytes[..7].copy_from_slice(b"\x7fELF\x02\x01\x01");
-    (bytes[16], bytes[18], bytes[32], bytes[54], bytes[56]) = (2, 62, 64, 56, 1);
-    let entry = 0x10_0000u64.to_le_bytes();
-    bytes[24..32].copy_from_slice(&entry);
-    bytes[64] = 1;
-    bytes[72..80].copy_from_slice(&4096u64.to_le_bytes());
-    bytes[88..96].copy_from_slice(&entry);
-    bytes[96..104].copy_from_slice(&(code.len() as u64).to_le_bytes());
-    bytes[104..112].copy_from_slice(&4096u64.to_le_bytes());
-    bytes.extend_from_slice(code);
-    bytes
 }
 
 #[test]
