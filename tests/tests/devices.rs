@@ -1,4 +1,4 @@
-//! Devices other than drives, network and vsock: entropy, balloon, persistent memory, console.
+//! Devices other than drives, network and vsock: entropy, balloon, console.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -40,24 +40,6 @@ fn the_balloon_takes_memory_and_gives_it_back() {
     vmm.patch("/balloon", json!({"amount_mib": 0})).ok();
     wait_for("the balloon to deflate", PATIENCE, || (free() + 20 > before).then_some(()));
     vmm.patch("/balloon", json!({"amount_mib": 1000})).refused(400, "amount_mib");
-}
-
-#[test]
-fn persistent_memory_is_a_disk_that_keeps_what_was_synced() {
-    let vmm = Vmm::start();
-    vmm.configure(1, 256, "");
-    let file = vmm.path("pmem.img");
-    std::fs::File::create(&file).unwrap().set_len(16 << 20).unwrap();
-    vmm.put(
-        "/pmem/data",
-        json!({"id": "data", "path_on_host": file, "root_device": false, "read_only": false}),
-    )
-    .ok();
-    vmm.boot();
-    assert_eq!(vmm.sh("cat /sys/block/pmem0/size").trim(), (16 << 11).to_string());
-    vmm.sh("printf 'kept across' | dd of=/dev/pmem0 bs=512 seek=100 conv=fsync,sync 2>/dev/null");
-    let contents = std::fs::read(&file).unwrap();
-    assert_eq!(&contents[100 * 512..100 * 512 + 11], b"kept across");
 }
 
 #[test]

@@ -150,7 +150,13 @@ impl BusDevice for MmioTransport {
         if offset >= CONFIG_SPACE {
             lock(&state.device).write_config(offset - CONFIG_SPACE, data);
         } else if let Ok(word) = <[u8; 4]>::try_from(data) {
+            let was_active = state.active;
             state.write_register(offset, u32::from_le_bytes(word));
+            if state.active && !was_active {
+                // A driver may notify before DRIVER_OK (Linux's balloon does): what the device could not
+                // see then, it looks at now.
+                self.notifiers.iter().for_each(|n| drop(n.write(1)));
+            }
         }
     }
 }

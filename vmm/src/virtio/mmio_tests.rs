@@ -127,6 +127,12 @@ fn a_driver_finds_negotiates_and_starts_the_device() {
     let (features, sizes) = lock(&f.device).activated.clone().unwrap();
     assert_eq!(features, 1 << 5 | F_RING_EVENT_IDX | F_VERSION_1);
     assert_eq!(sizes, [128, 0]);
+    f.event_loop.run_once(1000).unwrap();
+    assert_eq!(
+        std::mem::take(&mut lock(&f.device).seen),
+        [0, 1],
+        "what was notified before the start is seen"
+    );
 
     f.transport.notifiers()[1].write(1).unwrap();
     f.event_loop.run_once(1000).unwrap();
