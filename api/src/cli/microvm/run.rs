@@ -182,7 +182,7 @@ async fn work(args: &Args, vm: &MicroVm, phases: &mut Vec<BootPhase>) -> anyhow:
         Err(GuestError::Ended(ending)) => return Err(failure(&ending)),
         Err(error @ GuestError::TimedOut { .. }) => {
             let ending = vm.stop(Stop::Force).await;
-            return Err(anyhow::Error::new(error).context(outcome::last_words(&ending)));
+            return Err(with_last_words(&error.to_string(), &ending));
         }
         Err(error) => return Err(error.into()),
     };
@@ -261,11 +261,14 @@ async fn explain(vm: &MicroVm, error: ClientError) -> anyhow::Error {
     error.into()
 }
 
-/// A microVM's end as an error, with what console and log said last.
+/// A microVM's end as an error.
 fn failure(ending: &Ending) -> anyhow::Error {
-    let words = outcome::last_words(ending);
-    let text = ending.reason.to_string();
-    if words.is_empty() { anyhow::anyhow!(text) } else { anyhow::anyhow!("{text}\n{}", words.trim_end()) }
+    with_last_words(&ending.reason.to_string(), ending)
+}
+
+/// A message, followed by what console and log said last.
+fn with_last_words(message: &str, ending: &Ending) -> anyhow::Error {
+    anyhow::anyhow!("{}", format!("{message}\n{}", outcome::last_words(ending)).trim_end().to_owned())
 }
 
 fn exit_code(status: ExitStatus) -> ExitCode {

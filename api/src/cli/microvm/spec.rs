@@ -32,10 +32,10 @@ pub struct MachineArgs {
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
     /// Root file system image. The guest's writes go to memory and are gone afterwards; with `:rw` they go to
-    /// the image, which must be a writable file system.
-    #[arg(long, value_name = "FILE[:rw]", env = "PULAU_ROOTFS")]
-    rootfs: DiskArg,
-    /// Further disks, in order: /dev/vdb, /dev/vdc, … Writable unless `:ro`.
+    /// the image, which must be a writable file system. Not needed with an initrd that holds everything.
+    #[arg(long, value_name = "FILE[:rw]", env = "PULAU_ROOTFS", required_unless_present = "initrd")]
+    rootfs: Option<DiskArg>,
+    /// Further disks, in order: /dev/vdb, /dev/vdc, … (from /dev/vda without a rootfs). Writable unless `:ro`.
     #[arg(long = "drive", value_name = "FILE[:ro]")]
     drives: Vec<DiskArg>,
     /// Number of vCPUs, 1 to 32.
@@ -114,10 +114,10 @@ impl MachineArgs {
     /// A value that no microVM can have.
     pub fn spec(&self) -> Result<Spec, ConfigError> {
         let id = self.name.clone().unwrap_or_else(random_name);
-        let root_writable = self.rootfs.writable == Some(true);
+        let root_writable = self.rootfs.as_ref().is_some_and(|root| root.writable == Some(true));
         let options = BootOptions {
             boot_timer: true,
-            overlay: (!root_writable).then_some(Overlay::Tmpfs),
+            overlay: (self.rootfs.is_some() && !root_writable).then_some(Overlay::Tmpfs),
             hostname: Some(id.clone()),
             ..Default::default()
         };
@@ -140,7 +140,9 @@ impl MachineArgs {
             is_read_only: Some(!writable),
             ..Default::default()
         };
-        vm.set_drive(disk("root", &self.rootfs, root_writable))?;
+        if let Some(root) = &self.rootfs {
+            vm.set_drive(disk("root", root, root_writable))?;
+        }
         for (n, drive) in self.drives.iter().enumerate() {
             vm.set_drive(disk(&format!("drive{}", n + 1), drive, drive.writable.unwrap_or(true)))?;
         }
