@@ -20,9 +20,10 @@ use super::socket::PinnedSocket;
 /// A connection to a guest's agent.
 pub type Agent = Connection<UnixStream>;
 
-/// One try to connect. A guest that is booting may swallow it.
-const TRY_WITHIN: Duration = Duration::from_secs(2);
-/// Between tries, while the guest boots.
+/// Asking a guest to end, which may be past listening.
+const ASK_WITHIN: Duration = Duration::from_secs(2);
+/// Between tries while the guest boots: the VMM keeps a connection that comes before the guest has a driver,
+/// but the guest refuses one that comes before the agent listens.
 const PAUSE: Duration = Duration::from_millis(2);
 
 /// The agent was not reached.
@@ -49,10 +50,9 @@ impl MicroVm {
         self.started().await.map_err(GuestError::Ended)?;
         let vsock = self.facts().lock().vsock.clone().ok_or(GuestError::NoVsock)?;
         loop {
-            let until = deadline.min(Instant::now() + TRY_WITHIN);
             let connecting = blocking({
                 let vsock = vsock.clone();
-                move || connect(&vsock, until)
+                move || connect(&vsock, deadline)
             });
             let error = tokio::select! {
                 ending = self.ended() => return Err(GuestError::Ended(ending)),
@@ -81,7 +81,7 @@ impl MicroVm {
 /// Asks the guest to power itself off. Returns whether it agreed.
 pub(super) async fn power_off(vsock: Option<PathBuf>, deadline: Instant) -> bool {
     let Some(vsock) = vsock else { return false };
-    let until = deadline.min(Instant::now() + TRY_WITHIN);
+    let until = deadline.min(Instant::now() + ASK_WITHIN);
     let ask = move || {
         let mut agent = connect(&vsock, until)?;
         let grace = deadline.saturating_duration_since(Instant::now()) / 2;
