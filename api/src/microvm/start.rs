@@ -23,8 +23,8 @@ use super::jail::{Jail, JailError};
 use super::process::{Exit, Process};
 use super::spec::{Host, Spec};
 
-/// From the spawn to the first answer. Takes some milliseconds; a host under load may need seconds.
-const API_UP_WITHIN: Duration = Duration::from_secs(15);
+/// From the spawn to the first answer. Takes some milliseconds; on an overloaded host, seen: 15 seconds.
+const API_UP_WITHIN: Duration = Duration::from_secs(60);
 /// One request. The slowest, the boot, reads the kernel and may touch all of the guest's memory.
 const REQUEST_WITHIN: Duration = Duration::from_secs(60);
 /// From SIGKILL to the end.
