@@ -32,11 +32,11 @@ fn the_balloon_takes_memory_and_gives_it_back() {
     let before = free();
     vmm.patch("/balloon", json!({"amount_mib": 100})).ok();
     wait_for("the balloon to inflate", PATIENCE, || (free() + 80 < before).then_some(()));
-    let statistics = wait_for("statistics", PATIENCE, || {
+    wait_for("statistics from after that", PATIENCE, || {
         let body = vmm.get("/balloon/statistics").ok();
-        (body["actual_mib"] == 100 && body["total_memory"].is_u64()).then_some(body)
+        let free = body["free_memory"].as_u64().filter(|_| body["total_memory"].is_u64());
+        (body["actual_mib"] == 100 && free? < 150 << 20).then_some(())
     });
-    assert!(statistics["free_memory"].as_u64().unwrap() < 200 << 20, "{statistics}");
     vmm.patch("/balloon", json!({"amount_mib": 0})).ok();
     wait_for("the balloon to deflate", PATIENCE, || (free() + 20 > before).then_some(()));
     vmm.patch("/balloon", json!({"amount_mib": 1000})).refused(400, "amount_mib");
