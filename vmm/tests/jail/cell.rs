@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 
 use nix::errno::Errno;
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 use tempfile::TempDir;
@@ -83,6 +84,7 @@ impl Ended {
 pub struct Prisoner {
     args: Vec<String>,
     pid_file: Option<PathBuf>,
+    first: bool,
     command: Command,
 }
 
@@ -91,7 +93,7 @@ impl Prisoner {
     pub fn free() -> Self {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.arg("prisoner").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        Self { args: Vec::new(), pid_file: None, command }
+        Self { args: Vec::new(), pid_file: None, first: false, command }
     }
 
     /// One in a jail in `tree`.
@@ -104,6 +106,13 @@ impl Prisoner {
             .with("pid-file", pid_file.display());
         this.pid_file = Some(pid_file);
         this
+    }
+
+    /// Has it started as the first process of a pid namespace, as a caller may.
+    pub fn first(mut self) -> Self {
+        self.first = true;
+        self.pid_file = None;
+        self
     }
 
     /// Replaces or adds an argument.
@@ -133,7 +142,16 @@ impl Prisoner {
 
     /// Runs it to its end, and fails if a process is left.
     pub fn run(mut self) -> Ended {
-        let mut child = self.command.args(&self.args).spawn().unwrap();
+        self.command.args(&self.args);
+        let mut child = if self.first {
+            let ours = fs::File::open("/proc/self/ns/pid").unwrap();
+            unshare(CloneFlags::CLONE_NEWPID).unwrap();
+            let child = self.command.spawn();
+            setns(ours, CloneFlags::CLONE_NEWPID).unwrap();
+            child.unwrap()
+        } else {
+            self.command.spawn().unwrap()
+        };
         let (mut output, mut error) = (String::new(), String::new());
         // Both ends are short, so neither fills its pipe while the other is read.
         child.stdout.take().unwrap().read_to_string(&mut output).unwrap();

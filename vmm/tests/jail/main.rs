@@ -3,12 +3,13 @@
 //! This program is both sides: without arguments of its own it is the warder, which makes jails and looks
 //! at what became of the host; as `prisoner` it enters one as `pulau-vmm` does and attempts one thing.
 //! It has no test harness around it, because that would run threads, which a process must not have when it
-//! enters a jail. Needs root; the host is left as it was.
+//! enters a jail. Needs root; the host is left as it was. `cost` measures instead of testing.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that panics has failed")]
 
 mod attempts;
 mod cell;
+mod cost;
 mod failures;
 mod prisoner;
 mod walls;
@@ -26,6 +27,10 @@ fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     if let Some(("prisoner", rest)) = args.split_first().map(|(first, rest)| (first.as_str(), rest)) {
         return prisoner::main(rest);
+    }
+    if args.first().is_some_and(|arg| arg == "cost") {
+        cost::main(args.get(1).map_or(100, |runs| runs.parse().unwrap()));
+        return ExitCode::SUCCESS;
     }
     let wanted = args.iter().find(|arg| !arg.starts_with('-'));
     let tests: Vec<Test> = [walls::TESTS, failures::TESTS].concat();

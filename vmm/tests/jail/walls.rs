@@ -7,11 +7,12 @@ use std::os::unix::net::{SocketAddr, UnixListener};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, Stdio};
 
-use crate::cell::{Cgroups, ID, Place, Prisoner, check, expect_no_children, own_mounts};
+use crate::cell::{Cgroups, ID, Place, Prisoner, check, expect_no_children, listing, own_mounts};
 use crate::{Test, Unable};
 
 pub const TESTS: &[Test] = &[
     ("identity", identity),
+    ("a_first_process_stays_alone", first),
     ("the_vmm_can_live_in_the_jail", live),
     ("devices_open_in_the_jail", devices),
     ("the_environment_is_gone", environment),
@@ -35,6 +36,19 @@ fn identity() -> Result<(), Unable> {
     );
     assert_eq!(ended.output, expected);
     assert!(ended.started.success());
+    expect_no_children();
+    Ok(())
+}
+
+/// A process that is the first of its namespace already is the jailed one itself.
+fn first() -> Result<(), Unable> {
+    let place = Place::new();
+    let (tree, cgroups) = (place.tree("vm"), Cgroups::new()?);
+    let cgroup = cgroups.path("vm");
+    let ended = Prisoner::jailed(&tree).with("cgroup", cgroup.display()).first().attempt(&["identity"]).run();
+    ended.expect_through();
+    assert_eq!(ended.output.lines().next(), Some("pid 1"));
+    assert_eq!(listing(&place.path("")).len(), listing(&tree).len() + 1, "a pid file is left");
     expect_no_children();
     Ok(())
 }
