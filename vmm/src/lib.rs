@@ -20,6 +20,7 @@ pub mod mmds;
 pub mod program;
 pub mod rate_limiter;
 pub mod signals;
+pub mod seccomp;
 pub mod stop;
 pub mod vcpu;
 pub mod virtio;

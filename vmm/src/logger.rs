@@ -8,6 +8,7 @@
 
 use std::fmt::Write as _;
 use std::io::Write as _;
+use std::os::fd::AsRawFd as _;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -69,6 +70,9 @@ pub fn configure(config: &LoggerConfig) -> Result<(), LoggerError> {
     let file = config.log_path.as_ref().map(open).transpose()?;
     let mut state = LOGGER.lock();
     state.file = file.or(state.file.take());
+    if let Some(file) = &state.file {
+        crate::seccomp::report_to(file.as_raw_fd());
+    }
     state.show_level = config.show_level.unwrap_or(state.show_level);
     state.show_origin = config.show_log_origin.unwrap_or(state.show_origin);
     state.module = config.module.clone().or(state.module.take());

@@ -2,6 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
@@ -12,6 +13,12 @@ pub(crate) struct NonBlockingFile {
     file: File,
     /// The rest of a line of which a part has been written.
     rest: Vec<u8>,
+}
+
+impl AsRawFd for NonBlockingFile {
+    fn as_raw_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
 }
 
 impl NonBlockingFile {

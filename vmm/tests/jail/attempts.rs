@@ -19,19 +19,18 @@ pub fn make(what: &[&str]) -> io::Result<()> {
         ["devices"] => use_devices(),
         ["read", path] => reach(path, OpenOptions::new().read(true)),
         ["write", path] => reach(path, OpenOptions::new().write(true)),
+        ["ring", path] => open_by_ring(path),
         ["descriptors"] => descriptors(),
         ["environment", backwards] => environment(backwards),
         ["execute", path] => execute(path),
         ["execute-memory", path] => execute_memory(path),
         ["trace", pid] => trace(pid.parse().unwrap()),
-        ["read-memory", pid, address] => read_memory(pid.parse().unwrap(), address.parse().unwrap()),
+        ["read-memory", pid] => read_memory(pid.parse().unwrap()),
         ["signal", pid] => check(unsafe_call(libc::SYS_kill, [pid.parse().unwrap(), 0, 0, 0])),
         ["tcp", port] => TcpStream::connect(("127.0.0.1", port.parse().unwrap())).map(drop),
         ["abstract", name] => UnixStream::connect_addr(&SocketAddr::from_abstract_name(name)?).map(drop),
-        ["raw-socket"] => {
-            let (family, kind, protocol) = (libc::AF_INET, libc::SOCK_RAW, libc::IPPROTO_ICMP);
-            check(unsafe_call(libc::SYS_socket, [family.into(), kind.into(), protocol.into(), 0]))
-        }
+        ["raw-socket"] => socket(libc::AF_INET, libc::SOCK_RAW, libc::IPPROTO_ICMP),
+        ["host-socket"] => socket(libc::AF_NETLINK, libc::SOCK_RAW, libc::NETLINK_ROUTE),
         ["mount", path] => mount(path),
         ["chroot"] => check(unsafe_call(libc::SYS_chroot, [c".".as_ptr() as i64, 0, 0, 0])),
         ["device", path] => make_device(path),
@@ -54,6 +53,10 @@ pub fn make(what: &[&str]) -> io::Result<()> {
 fn unsafe_call(number: i64, [a, b, c, d]: [i64; 4]) -> i64 {
     // SAFETY: every caller passes pointers that are valid for what the call does with them.
     unsafe { libc::syscall(number, a, b, c, d) }
+}
+
+fn socket(family: libc::c_int, kind: libc::c_int, protocol: libc::c_int) -> io::Result<()> {
+    check(unsafe_call(libc::SYS_socket, [family.into(), kind.into(), protocol.into(), 0]))
 }
 
 fn check(result: i64) -> io::Result<()> {
@@ -230,13 +233,33 @@ fn trace(pid: i64) -> io::Result<()> {
     check(unsafe_call(libc::SYS_ptrace, [libc::PTRACE_ATTACH.into(), pid, 0, 0]))
 }
 
-/// Reads a byte of another process.
-fn read_memory(pid: libc::pid_t, address: usize) -> io::Result<()> {
+/// Reads a byte of another process's memory, if there is one at that address.
+fn read_memory(pid: libc::pid_t) -> io::Result<()> {
     let mut byte = 0_u8;
     let local = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
-    let remote = libc::iovec { iov_base: std::ptr::without_provenance_mut(address), iov_len: 1 };
+    let remote = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 1 };
     // SAFETY: the kernel writes at most one byte, to `byte`.
-    check(unsafe { libc::process_vm_readv(pid, &raw const local, 1, &raw const remote, 1, 0) } as i64)
+    let result = unsafe { libc::process_vm_readv(pid, &raw const local, 1, &raw const remote, 1, 0) };
+    match check(result as i64) {
+        // Allowed to look, but nothing is there.
+        Err(error) if error.raw_os_error() == Some(libc::EFAULT) => Ok(()),
+        other => other,
+    }
+}
+
+/// Opens a file with a ring made for it, which no filter looks at.
+fn open_by_ring(path: &str) -> io::Result<()> {
+    let mut ring = io_uring::IoUring::new(1)?;
+    let path = CString::new(path).unwrap();
+    let at = io_uring::types::Fd(libc::AT_FDCWD);
+    let open = io_uring::opcode::OpenAt::new(at, path.as_ptr()).flags(libc::O_RDONLY).build();
+    // SAFETY: the path lives until the operation is complete.
+    unsafe { ring.submission().push(&open) }.map_err(io::Error::other)?;
+    ring.submit_and_wait(1)?;
+    match ring.completion().next().map(|done| done.result()) {
+        Some(error) if error < 0 => Err(io::Error::from_raw_os_error(-error)),
+        _ => Ok(()),
+    }
 }
 
 /// Mounts something over a directory, in a namespace of its own if it may have one.

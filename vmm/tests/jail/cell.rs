@@ -11,6 +11,7 @@ use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
+use pulau_vmm::seccomp::EXIT_VIOLATION;
 use tempfile::TempDir;
 
 use crate::Unable;
@@ -78,9 +79,16 @@ impl Ended {
     pub fn expect_refused(&self) {
         assert_eq!(self.status().code(), Some(REFUSED), "{self:?}");
     }
+
+    #[track_caller]
+    pub fn expect_violation(&self) {
+        assert_eq!(self.status().code(), Some(EXIT_VIOLATION), "{self:?}");
+        assert!(self.error.starts_with("seccomp: forbidden system call"), "{self:?}");
+    }
 }
 
 /// A prisoner to be run.
+#[derive(Debug)]
 pub struct Prisoner {
     args: Vec<String>,
     pid_file: Option<PathBuf>,
@@ -124,7 +132,7 @@ impl Prisoner {
         self
     }
 
-    pub fn attempt(self, attempt: &[&str]) -> Self {
+    pub fn attempt(self, attempt: &[impl std::fmt::Display]) -> Self {
         attempt.iter().fold(self, |this, part| this.with("attempt", part))
     }
 

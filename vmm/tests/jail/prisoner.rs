@@ -6,6 +6,7 @@
 use std::process::ExitCode;
 
 use pulau_vmm::jail::{self, Cgroup, JailConfig, Network};
+use pulau_vmm::seccomp::{self, Thread};
 
 /// Exit status: the attempt succeeded.
 pub const THROUGH: i32 = 0;
@@ -17,7 +18,7 @@ pub const NO_JAIL: i32 = 43;
 pub fn main(args: &[String]) -> ExitCode {
     let mut config = JailConfig::new("", 0, 0);
     let mut cgroup = Cgroup { path: "".into(), limits: Vec::new() };
-    let mut attempt = Vec::new();
+    let (mut filter, mut attempt) = (None, Vec::new());
     for arg in args {
         let (key, value) = arg.split_once('=').expect("key=value");
         match key {
@@ -30,6 +31,7 @@ pub fn main(args: &[String]) -> ExitCode {
             "cgroup-limit" => cgroup.limits.push(value.parse().unwrap()),
             "resource-limit" => config.resource_limits.push(value.parse().unwrap()),
             "pid-file" => config.pid_file = Some(value.into()),
+            "filter" => filter = Some(filter_named(value)),
             "attempt" => attempt.push(value),
             _ => panic!("unknown argument {arg}"),
         }
@@ -43,11 +45,24 @@ pub fn main(args: &[String]) -> ExitCode {
         eprintln!("{error}");
         return ExitCode::from(NO_JAIL as u8);
     }
+    if let Some(filter) = filter {
+        seccomp::install_handler().unwrap();
+        seccomp::apply(filter).unwrap();
+    }
     match crate::attempts::make(&attempt) {
         Ok(()) => ExitCode::from(THROUGH as u8),
         Err(error) => {
             println!("{error}");
             ExitCode::from(REFUSED as u8)
         }
+    }
+}
+
+fn filter_named(name: &str) -> Thread {
+    match name {
+        "setup" => Thread::Setup,
+        "vmm" => Thread::Vmm,
+        "vcpu" => Thread::Vcpu,
+        _ => panic!("no filter is called {name}"),
     }
 }

@@ -5,7 +5,10 @@ use std::net::TcpListener;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+
+use pulau_vmm::seccomp::EXIT_VIOLATION;
 
 use crate::cell::{Cgroups, ID, Place, Prisoner, check, expect_no_children, listing, own_mounts};
 use crate::{Test, Unable};
@@ -17,7 +20,11 @@ pub const TESTS: &[Test] = &[
     ("devices_open_in_the_jail", devices),
     ("the_environment_is_gone", environment),
     ("inherited_descriptors_are_gone", descriptors),
-    ("attempts", attempts),
+    ("attempts_get_through_without_walls", attempts_without_walls),
+    ("attempts_stop_at_the_jail_alone", jail_alone),
+    ("attempts_stop_at_the_filters_alone", filters_alone),
+    ("attempts_stop_at_both_walls", both_walls),
+    ("a_violation_ends_the_process_and_says_why", violation),
     ("the_network_namespace_is_the_one_given", network_namespace),
     ("resource_limits_hold", resource_limits),
     ("a_cgroup_limits_memory", memory),
@@ -108,51 +115,164 @@ impl Drop for Bystander {
     }
 }
 
-/// Every attempt gets through without a jail and is refused in one.
-fn attempts() -> Result<(), Unable> {
-    let place = Place::new();
-    let tree = place.tree("vm");
-    let secret = place.file("secret").display().to_string();
-    let other = place.tree("other").join("disk").display().to_string();
-    let program = std::env::current_exe().unwrap();
-    fs::copy(&program, tree.join("program")).unwrap();
-    let inside = tree.join("program").display().to_string();
-    let bystander = Bystander::new();
-    let pid = bystander.0.id().to_string();
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = listener.local_addr().unwrap().port().to_string();
-    let name = format!("pulau-jail-test-{}", std::process::id());
-    let _abstract = UnixListener::bind_addr(&SocketAddr::from_abstract_name(&name).unwrap()).unwrap();
-    let mount_point = place.path("mounted");
-    fs::create_dir(&mount_point).unwrap();
-    let mount_point = mount_point.display().to_string();
-    let node = place.path("node").display().to_string();
-    let namespaces = (libc::CLONE_NEWNS | libc::CLONE_NEWPID).to_string();
+/// Things on the host that a prisoner may want, and what it attempts to get them.
+struct Scene {
+    place: Place,
+    tree: PathBuf,
+    bystander: Bystander,
+    tcp: TcpListener,
+    name: String,
+    _abstract: UnixListener,
+}
 
-    // What is attempted without a jail, and in it.
-    let table: &[(&[&str], &[&str])] = &[
-        (&["read", &secret], &["read", &secret]),
-        (&["write", &other], &["write", &other]),
-        (&["handle", &secret], &["handle", "/disk"]),
-        (&["execute", &inside], &["execute", "/program"]),
-        (&["execute", &inside], &["execute", &inside]),
-        (&["trace", &pid], &["trace", &pid]),
-        (&["signal", &pid], &["signal", &pid]),
-        (&["tcp", &port], &["tcp", &port]),
-        (&["abstract", &name], &["abstract", &name]),
-        (&["raw-socket"], &["raw-socket"]),
-        (&["mount", &mount_point], &["mount", "/run"]),
-        (&["chroot"], &["chroot"]),
-        (&["device", &node], &["device", "/run/node"]),
-        (&["become-root"], &["become-root"]),
-        (&["unshare", &namespaces], &["unshare", &namespaces]),
-    ];
-    for (free, jailed) in table {
-        println!("  {free:?}");
-        Prisoner::free().after(own_mounts).attempt(free).run().expect_through();
-        let ended = Prisoner::jailed(&tree).with("net", "new").attempt(jailed).run();
-        ended.expect_refused();
+/// One attempt, where there is no jail and where there is one, and which wall stops it.
+struct Attempt {
+    free: Vec<String>,
+    jailed: Vec<String>,
+    stopped_by: StoppedBy,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum StoppedBy {
+    Jail,
+    Filter,
+    Either,
+    /// Either, but the filter only once the guest runs: before, that is how the VMM works.
+    Running,
+}
+use StoppedBy::{Either, Filter, Jail, Running};
+
+impl Scene {
+    fn new() -> Self {
+        let place = Place::new();
+        let tree = place.tree("vm");
+        place.file("secret");
+        place.tree("other");
+        fs::create_dir(place.path("mounted")).unwrap();
+        fs::copy(std::env::current_exe().unwrap(), tree.join("program")).unwrap();
+        let name = format!("pulau-jail-test-{}", std::process::id());
+        let address = SocketAddr::from_abstract_name(&name).unwrap();
+        Self {
+            place,
+            tree,
+            bystander: Bystander::new(),
+            tcp: TcpListener::bind("127.0.0.1:0").unwrap(),
+            name,
+            _abstract: UnixListener::bind_addr(&address).unwrap(),
+        }
     }
+
+    fn attempts(&self) -> Vec<Attempt> {
+        let path = |name: &str| self.place.path(name).display().to_string();
+        let (secret, other, program) = (&path("secret"), &path("other/disk"), &path("vm/program"));
+        let pid = &self.bystander.0.id().to_string();
+        let port = &self.tcp.local_addr().unwrap().port().to_string();
+        let namespaces = &(libc::CLONE_NEWNS | libc::CLONE_NEWPID).to_string();
+        let user_namespace = &libc::CLONE_NEWUSER.to_string();
+        let both = |stopped_by, attempt: &[&str]| Attempt {
+            free: attempt.iter().map(ToString::to_string).collect(),
+            jailed: attempt.iter().map(ToString::to_string).collect(),
+            stopped_by,
+        };
+        let differ = |name: &str, free: &str, jailed: &str| Attempt {
+            free: vec![name.into(), free.into()],
+            jailed: vec![name.into(), jailed.into()],
+            stopped_by: Either,
+        };
+        vec![
+            // Files of the host and of another microVM: a filter knows no paths.
+            both(Jail, &["read", secret]),
+            both(Jail, &["write", other]),
+            both(Running, &["ring", secret]),
+            differ("handle", secret, "/disk"),
+            // Other programs: the jail has none, but could not keep one from being made in memory.
+            both(Either, &["execute", program]),
+            differ("execute", program, "/program"),
+            Attempt { stopped_by: Filter, ..differ("execute-memory", program, "/program") },
+            // Other processes.
+            both(Either, &["trace", pid]),
+            both(Either, &["read-memory", pid]),
+            both(Either, &["signal", pid]),
+            // The network and other sockets: a filter knows no addresses.
+            both(Either, &["tcp", port]),
+            both(Jail, &["abstract", &self.name]),
+            both(Either, &["raw-socket"]),
+            both(Filter, &["host-socket"]),
+            // More than the process has.
+            differ("mount", &path("mounted"), "/run"),
+            both(Either, &["chroot"]),
+            differ("device", &path("node"), "/run/node"),
+            both(Either, &["become-root"]),
+            both(Either, &["unshare", namespaces]),
+            // Unprivileged users may have these, where they are root, if to nothing outside.
+            both(Filter, &["unshare", user_namespace]),
+        ]
+    }
+
+    fn free(&self, attempt: &[String]) -> Prisoner {
+        Prisoner::free().after(own_mounts).attempt(attempt)
+    }
+
+    fn jailed(&self, attempt: &[String]) -> Prisoner {
+        Prisoner::jailed(&self.tree).with("net", "new").attempt(attempt)
+    }
+}
+
+/// Else that they are refused elsewhere would say nothing.
+fn attempts_without_walls() -> Result<(), Unable> {
+    let scene = Scene::new();
+    scene.attempts().iter().for_each(|attempt| scene.free(&attempt.free).run().expect_through());
+    Ok(())
+}
+
+fn jail_alone() -> Result<(), Unable> {
+    let scene = Scene::new();
+    for attempt in scene.attempts() {
+        let ended = scene.jailed(&attempt.jailed).run();
+        if attempt.stopped_by == Filter { ended.expect_through() } else { ended.expect_refused() }
+    }
+    Ok(())
+}
+
+fn filters_alone() -> Result<(), Unable> {
+    let scene = Scene::new();
+    for attempt in scene.attempts() {
+        for filter in ["setup", "vmm"] {
+            let ended = scene.free(&attempt.free).with("filter", filter).run();
+            match (attempt.stopped_by, filter) {
+                (Jail, _) | (Running, "setup") => ended.expect_through(),
+                _ => ended.expect_violation(),
+            }
+        }
+        // A vCPU opens nothing at all.
+        scene.free(&attempt.free).with("filter", "vcpu").run().expect_violation();
+    }
+    Ok(())
+}
+
+fn both_walls() -> Result<(), Unable> {
+    let scene = Scene::new();
+    for attempt in scene.attempts() {
+        for filter in ["setup", "vmm", "vcpu"] {
+            let ended = scene.jailed(&attempt.jailed).with("filter", filter).run();
+            if ended.status().code() != Some(EXIT_VIOLATION) {
+                ended.expect_refused();
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A violation says what it was, and ends the whole process whichever thread it was in.
+fn violation() -> Result<(), Unable> {
+    let place = Place::new();
+    let run =
+        |attempt: &[&str]| Prisoner::jailed(&place.tree("vm")).with("filter", "vmm").attempt(attempt).run();
+    let ended = run(&["signal", "7"]);
+    ended.expect_violation();
+    let number = libc::SYS_kill;
+    let line = format!("seccomp: forbidden system call {number} (0x7, 0x0, 0x0) in thread 1: ending\n");
+    assert_eq!(ended.error, line);
     Ok(())
 }
 

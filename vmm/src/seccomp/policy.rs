@@ -1,0 +1,194 @@
+//! The lists: which thread needs which system call, and what for.
+//!
+//! A vCPU's thread is started by the main thread and stays under [`SETUP`] as well, and so does the main
+//! thread under [`VMM`]: what these allow must be in [`SETUP`] too.
+
+use libc::*;
+
+use super::compile::Test::{Is, Masked};
+use super::compile::{Rule, Test, Verdict, allow, allow_if, compile, len};
+
+pub(super) static SETUP: [sock_filter; len(SETUP_RULES)] = compile(SETUP_RULES);
+pub(super) static VMM: [sock_filter; len(VMM_RULES)] = compile(VMM_RULES);
+pub(super) static VCPU: [sock_filter; len(VCPU_RULES)] = compile(VCPU_RULES);
+
+const SETUP_RULES: &[&[Rule]] = &[EVERY, MAIN, START, &[allow_if(SYS_ioctl, 1, &START_IOCTLS)]];
+const VMM_RULES: &[&[Rule]] = &[EVERY, MAIN, &[allow_if(SYS_ioctl, 1, &MAIN_IOCTLS)]];
+const VCPU_RULES: &[&[Rule]] = &[EVERY, &[allow_if(SYS_ioctl, 1, &VCPU_IOCTLS)]];
+
+/// What a thread's filter was made of, to compare it with.
+#[cfg(test)]
+pub(super) fn rules(thread: super::Thread) -> &'static [&'static [Rule]] {
+    match thread {
+        super::Thread::Setup => SETUP_RULES,
+        super::Thread::Vmm => VMM_RULES,
+        super::Thread::Vcpu => VCPU_RULES,
+    }
+}
+
+/// What any thread does: memory, locks, signals, time, its own end, and the descriptors it has.
+const EVERY: &[Rule] = &[
+    // Event and timer descriptors, files, sockets, the log.
+    allow(SYS_read),
+    allow(SYS_write),
+    allow(SYS_writev),
+    // A driver that starts or resets its device does so on a vCPU, which then waits for its descriptors.
+    allow(SYS_epoll_ctl),
+    allow(SYS_timerfd_settime),
+    // The allocator. Nothing is ever made executable.
+    allow(SYS_brk),
+    allow_if(SYS_mmap, 2, &[Masked(PROT_EXEC as u32, 0)]),
+    allow_if(SYS_mprotect, 2, &[Masked(PROT_EXEC as u32, 0)]),
+    allow(SYS_mremap),
+    allow(SYS_munmap),
+    allow(SYS_madvise),
+    // Locks and waiting for other threads.
+    allow(SYS_futex),
+    allow(SYS_sched_yield),
+    // Signals: kicking a vCPU out of the guest, and aborting. To this process only, there being no other.
+    allow(SYS_getpid),
+    allow(SYS_gettid),
+    allow_if(SYS_tgkill, 2, &[Is(KICK), Is(SIGABRT as u32)]),
+    allow(SYS_rt_sigprocmask),
+    allow(SYS_rt_sigreturn),
+    allow(SYS_restart_syscall),
+    // Taking down a thread's signal stack.
+    allow(SYS_sigaltstack),
+    // Where the host's clock cannot be read without a call.
+    allow(SYS_clock_gettime),
+    // The seed of a hash table, and what the entropy device gives.
+    allow(SYS_getrandom),
+    allow(SYS_exit),
+    allow(SYS_exit_group),
+];
+
+/// `SIGRTMIN`, which the C library makes of the kernel's 32 by keeping two for itself.
+const KICK: u32 = 34;
+
+/// What the main thread does from first to last: the event loop, the devices' work, the API, a drive
+/// replaced by another.
+const MAIN: &[Rule] = &[
+    allow(SYS_epoll_wait),
+    allow(SYS_epoll_pwait),
+    allow(SYS_poll),
+    // Files: kernel and drives, the log, metrics, and what a drive is replaced with.
+    allow(SYS_openat),
+    allow(SYS_close),
+    allow(SYS_fstat),
+    allow(SYS_newfstatat),
+    allow(SYS_statx),
+    allow(SYS_lseek),
+    allow(SYS_flock),
+    allow_if(SYS_fcntl, 1, &FCNTLS),
+    allow(SYS_unlink),
+    // Drives, without and with io_uring, whose rings can do nothing but this to the one file they have.
+    allow(SYS_pread64),
+    allow(SYS_pwrite64),
+    allow(SYS_readv),
+    allow(SYS_preadv),
+    allow(SYS_pwritev),
+    allow(SYS_fsync),
+    allow(SYS_fdatasync),
+    allow(SYS_fallocate),
+    allow(SYS_io_uring_enter),
+    allow(SYS_io_uring_register),
+    // Connections to the API and of the vsock device.
+    allow_if(SYS_socket, 0, &[Is(AF_UNIX as u32)]),
+    allow(SYS_connect),
+    allow(SYS_accept4),
+    allow(SYS_shutdown),
+    allow(SYS_recvfrom),
+    allow(SYS_sendto),
+    allow(SYS_recvmsg),
+    allow(SYS_sendmsg),
+    allow(SYS_getsockopt),
+    allow(SYS_setsockopt),
+];
+
+/// `fcntl` requests: blocking or not, copies of descriptors, locks on drives.
+const FCNTLS: [Test; 6] = [
+    Is(F_GETFD as u32),
+    Is(F_GETFL as u32),
+    Is(F_SETFL as u32),
+    Is(F_DUPFD_CLOEXEC as u32),
+    Is(F_OFD_SETLK as u32),
+    Is(F_SETLK as u32),
+];
+
+/// What is only done before the guest runs: everything is made.
+const START: &[Rule] = &[
+    allow(SYS_epoll_create1),
+    allow(SYS_eventfd2),
+    allow(SYS_timerfd_create),
+    allow(SYS_io_uring_setup),
+    allow(SYS_memfd_create),
+    allow(SYS_ftruncate),
+    allow(SYS_bind),
+    allow(SYS_listen),
+    allow(SYS_rt_sigaction),
+    allow(SYS_prlimit64),
+    allow(SYS_sched_getaffinity),
+    // Threads, as the C library makes them: with `clone3` or, when that is not there, with `clone`, whose
+    // flags can be looked at. No other flags, so no processes and no namespaces.
+    Rule { call: SYS_clone3, verdict: Verdict::Fail(ENOSYS as u16) },
+    allow_if(SYS_clone, 0, &[Is(THREAD)]),
+    allow(SYS_set_robust_list),
+    allow(SYS_rseq),
+    // A thread's name; and the next filter.
+    allow_if(SYS_prctl, 0, &[Is(PR_SET_NAME as u32), Is(PR_SET_NO_NEW_PRIVS as u32)]),
+    allow_if(SYS_seccomp, 0, &[Is(SECCOMP_SET_MODE_FILTER)]),
+];
+
+/// What `pthread_create` of glibc asks of `clone`.
+const THREAD: u32 = (CLONE_VM
+    | CLONE_FS
+    | CLONE_FILES
+    | CLONE_SYSVSEM
+    | CLONE_SIGHAND
+    | CLONE_THREAD
+    | CLONE_SETTLS
+    | CLONE_PARENT_SETTID
+    | CLONE_CHILD_CLEARTID) as u32;
+
+// Requests to devices, from linux/kvm.h, linux/if_tun.h, linux/fs.h and asm-generic/ioctls.h.
+
+const KVM_RUN: u32 = 0xae80;
+const KVM_GET_REGS: u32 = 0x8090_ae81;
+
+/// Requests of a vCPU: run, and its registers when it cannot go on.
+const VCPU_IOCTLS: [Test; 2] = [Is(KVM_RUN), Is(KVM_GET_REGS)];
+
+const BLKDISCARD: u32 = 0x1277;
+const BLKZEROOUT: u32 = 0x127f;
+const BLKGETSIZE64: u32 = 0x8008_1272;
+const TCGETS: u32 = 0x5401;
+const TCSETS: u32 = 0x5402;
+const FIONBIO: u32 = 0x5421;
+
+/// Requests of the main thread: drives that are block devices, the terminal's settings at the end,
+/// sockets that do not block.
+const MAIN_IOCTLS: [Test; 6] =
+    [Is(BLKDISCARD), Is(BLKZEROOUT), Is(BLKGETSIZE64), Is(TCGETS), Is(TCSETS), Is(FIONBIO)];
+
+const KVM: Test = Masked(0xff00, 0xae00);
+const TUNSETIFF: u32 = 0x4004_54ca;
+const TUNGETFEATURES: u32 = 0x8004_54cf;
+const TUNSETOFFLOAD: u32 = 0x4004_54d0;
+const TUNSETVNETHDRSZ: u32 = 0x4004_54d8;
+const TUNSETQUEUE: u32 = 0x4004_54d9;
+
+/// The same, anything to KVM, and what attaches a tap.
+const START_IOCTLS: [Test; 12] = [
+    KVM,
+    Is(BLKDISCARD),
+    Is(BLKZEROOUT),
+    Is(BLKGETSIZE64),
+    Is(TCGETS),
+    Is(TCSETS),
+    Is(FIONBIO),
+    Is(TUNSETIFF),
+    Is(TUNGETFEATURES),
+    Is(TUNSETOFFLOAD),
+    Is(TUNSETVNETHDRSZ),
+    Is(TUNSETQUEUE),
+];
