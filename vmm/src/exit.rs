@@ -1,7 +1,7 @@
 //! How the process ends: its exit codes.
 
 /// Exit code of the process. Those from 148 are Firecracker's, where it has one for the same reason; those
-/// from 64 to 67 are our own.
+/// from 64 to 68 are our own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum ExitCode {
@@ -18,6 +18,8 @@ pub enum ExitCode {
     TripleFault = 66,
     /// KVM could not go on: an internal error, a failed entry, or an exit nothing here handles.
     KvmError = 67,
+    /// The VMM itself panicked: a bug.
+    Panicked = 68,
     /// A thread made a system call its filter does not allow.
     BadSyscall = 148,
     /// The process got SIGBUS.

@@ -71,7 +71,7 @@ pub fn configure(config: &LoggerConfig) -> Result<(), LoggerError> {
     let mut state = LOGGER.lock();
     state.file = file.or(state.file.take());
     if let Some(file) = &state.file {
-        crate::seccomp::report_to(file.as_raw_fd());
+        crate::signals::report_to(file.as_raw_fd());
     }
     state.show_level = config.show_level.unwrap_or(state.show_level);
     state.show_origin = config.show_log_origin.unwrap_or(state.show_origin);

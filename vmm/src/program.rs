@@ -32,7 +32,7 @@ use crate::mmds::{Mmds, MmdsError};
 use crate::signals::{self, EndRequests};
 use crate::stop::{StopReason, StopSink};
 use crate::{api, logger, metrics};
-use kvm_builder::KvmBuilder;
+use kvm_builder::{Filters, KvmBuilder};
 
 const TOKEN_STOP: u32 = 0;
 const TOKEN_SIGNAL: u32 = 1;
@@ -93,6 +93,9 @@ pub fn run(options: Options) -> Result<ExitCode, ProgramError> {
     if options.pci_asked_for {
         log::warn!("--enable-pci has no effect: devices are on virtio-mmio");
     }
+    if !options.seccomp {
+        log::warn!("--no-seccomp: a guest that takes over this process may make any system call");
+    }
     signals::install().map_err(host("handle signals"))?;
     install_panic_hook();
     let socket = options.api_socket.as_deref().map(ApiSocket::bind).transpose()?;
@@ -104,13 +107,16 @@ pub fn run(options: Options) -> Result<ExitCode, ProgramError> {
     result
 }
 
-/// A panic ends the process without dropping anything.
+/// A panic ends the process without dropping anything. Not by aborting: in a jail the process is the first
+/// of its pid namespace, which no signal of its own ends.
 fn install_panic_hook() {
     let default = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
         signals::clean_up_at_crash();
         default(info);
         metrics::flush_in_panic();
+        // SAFETY: ends the process without running anything of it.
+        unsafe { libc::_exit(i32::from(ExitCode::Panicked.code())) }
     }));
 }
 
@@ -144,6 +150,7 @@ impl Program {
             stop: stop.clone(),
             boot_timer: options.boot_timer,
             mmds: mmds.clone(),
+            filters: if options.seccomp { Filters::Ready } else { Filters::Off },
         };
         let controller = Controller::new(options.id.clone(), mmds, Box::new(builder));
         Ok(Self { controller, server, end_requests, stop, event_loop })

@@ -2,7 +2,7 @@
 //!
 //! The former (SIGTERM, SIGINT, SIGHUP) are blocked in every thread and read from a descriptor by the main
 //! loop, which ends in order. At the latter (a system call the filter forbids, a fault) a handler says so
-//! on standard error, puts the terminal right, removes the sockets and ends the process with the code of
+//! on standard error and in the log, puts the terminal right, removes the sockets and ends the process with the code of
 //! [`crate::exit`]; it allocates nothing and takes no lock. SIGPIPE and SIGXFSZ are ignored, so that the
 //! write that caused them fails instead.
 
@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicPtr, Ordering};
 
 use nix::sys::signal::{self, SaFlags, SigAction, SigHandler, SigSet, SigmaskHow, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -45,6 +45,14 @@ pub fn install() -> io::Result<()> {
     // SAFETY: ignoring a signal runs no code.
     unsafe { signal::sigaction(Signal::SIGXFSZ, &ignore) }?;
     Ok(())
+}
+
+/// The log's descriptor; none if negative.
+static LOG: AtomicI32 = AtomicI32::new(-1);
+
+/// Has fatal signals reported to the log's file too. To be called again with what replaces it.
+pub fn report_to(log: RawFd) {
+    LOG.store(log, Ordering::Relaxed);
 }
 
 /// Requests from outside to end.
@@ -132,27 +140,26 @@ pub fn restore_terminal() {
     }
 }
 
-/// The part of `siginfo_t` that tells of a forbidden system call (sigaction(2), SIGSYS).
-#[repr(C)]
-struct SysInfo {
-    signo: libc::c_int,
-    errno: libc::c_int,
-    code: libc::c_int,
-    call_address: *mut libc::c_void,
-    syscall: libc::c_int,
-    arch: libc::c_uint,
-}
-
 /// Ends the process. Runs as a signal handler: no allocation, no lock.
-extern "C" fn on_fatal(signal: libc::c_int, info: *mut libc::siginfo_t, _context: *mut libc::c_void) {
+extern "C" fn on_fatal(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     let mut message = Message::new();
     let code = match FATAL.iter().find(|(fatal, _)| *fatal as libc::c_int == signal) {
         Some((Signal::SIGSYS, code)) => {
-            // SAFETY: the kernel gives a handler with SA_SIGINFO a valid siginfo_t, and that of SIGSYS
-            // has this layout.
-            let number = unsafe { (*info.cast::<SysInfo>()).syscall };
+            // SAFETY: the kernel gives a handler with SA_SIGINFO valid pointers, and fills in the number of
+            // the system call for SIGSYS.
+            let (number, context) = unsafe { ((*info).si_syscall(), &*context.cast::<libc::ucontext_t>()) };
             message.push(b"pulau-vmm: made the forbidden system call ");
             message.push_number(number.unsigned_abs());
+            // Its first three arguments, which tell most calls apart.
+            for (register, before) in [(libc::REG_RDI, b"("), (libc::REG_RSI, b","), (libc::REG_RDX, b",")] {
+                let value = context.uc_mcontext.gregs.get(register as usize);
+                message.push(before);
+                message.push_hex(value.copied().unwrap_or_default() as u64);
+            }
+            // SAFETY: has no preconditions, and every filter allows it.
+            let thread = unsafe { libc::gettid() };
+            message.push(b") in thread ");
+            message.push_number(thread.unsigned_abs());
             *code
         }
         Some((fatal, code)) => {
@@ -166,6 +173,7 @@ extern "C" fn on_fatal(signal: libc::c_int, info: *mut libc::siginfo_t, _context
     // SAFETY: the pointer and length are those of a live buffer; these calls are async-signal-safe.
     unsafe {
         libc::write(libc::STDERR_FILENO, message.bytes.as_ptr().cast(), message.len);
+        libc::write(LOG.load(Ordering::Relaxed), message.bytes.as_ptr().cast(), message.len);
     }
     clean_up_at_crash();
     // SAFETY: ends the process without running anything of it.
@@ -174,13 +182,13 @@ extern "C" fn on_fatal(signal: libc::c_int, info: *mut libc::siginfo_t, _context
 
 /// A line of text that is put together without allocating. What does not fit is left out.
 struct Message {
-    bytes: [u8; 96],
+    bytes: [u8; 160],
     len: usize,
 }
 
 impl Message {
     const fn new() -> Self {
-        Self { bytes: [0; 96], len: 0 }
+        Self { bytes: [0; 160], len: 0 }
     }
 
     fn push(&mut self, text: &[u8]) {
@@ -190,13 +198,22 @@ impl Message {
         }
     }
 
-    fn push_number(&mut self, mut number: u32) {
-        let mut digits = [0; 10];
+    fn push_number(&mut self, number: u32) {
+        self.push_digits(number.into(), 10);
+    }
+
+    fn push_hex(&mut self, number: u64) {
+        self.push(b"0x");
+        self.push_digits(number, 16);
+    }
+
+    fn push_digits(&mut self, mut number: u64, base: u64) {
+        let mut digits = [0; 20];
         let mut start = digits.len();
         while start == digits.len() || number > 0 {
             start -= 1;
-            digits[start] = b'0' + (number % 10) as u8;
-            number /= 10;
+            digits[start] = b"0123456789abcdef"[(number % base) as usize];
+            number /= base;
         }
         self.push(&digits[start..]);
     }
@@ -213,8 +230,9 @@ mod tests {
             message.push_number(number);
             message.push(b" ");
         }
-        assert_eq!(&message.bytes[..message.len], b"0 7 4294967295 ");
+        message.push_hex(u64::MAX);
+        assert_eq!(&message.bytes[..message.len], b"0 7 4294967295 0xffffffffffffffff");
         message.push(&[b'x'; 200]);
-        assert_eq!(message.len, 96);
+        assert_eq!(message.len, 160);
     }
 }

@@ -17,6 +17,7 @@ use crate::event_loop::EventLoop;
 use crate::jail;
 use crate::machine::{Machine, Resources};
 use crate::mmds::SharedMmds;
+use crate::seccomp::{self, Thread};
 use crate::signals;
 use crate::stop::StopSink;
 
@@ -31,6 +32,8 @@ enum StartFailure {
     SerialOutput { path: std::path::PathBuf, error: io::Error },
     #[error("serial: socket_path {path:?}: {error}")]
     SerialSocket { path: std::path::PathBuf, error: io::Error },
+    #[error("cannot filter system calls: {0}")]
+    Filter(io::Error),
     #[error("the console cannot use standard input and output: {0}")]
     Console(io::Error),
 }
@@ -41,10 +44,43 @@ pub(super) struct KvmBuilder {
     pub stop: StopSink,
     pub boot_timer: bool,
     pub mmds: SharedMmds,
+    pub filters: Filters,
+}
+
+/// System call filters of the threads.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Filters {
+    /// There are none.
+    Off,
+    /// There will be.
+    Ready,
+    /// The main thread is under its first.
+    Setup,
+}
+
+impl Filters {
+    /// From here on, files of the guest's owner are read.
+    fn set_up(&mut self) -> io::Result<()> {
+        if *self == Self::Ready {
+            seccomp::apply(Thread::Setup)?;
+            *self = Self::Setup;
+        }
+        Ok(())
+    }
+
+    fn vcpu(self) -> fn() -> io::Result<()> {
+        if self == Self::Off { || Ok(()) } else { || seccomp::apply(Thread::Vcpu) }
+    }
+
+    /// From here on, the guest runs.
+    fn run(self) -> io::Result<()> {
+        if self == Self::Off { Ok(()) } else { seccomp::apply(Thread::Vmm) }
+    }
 }
 
 impl MachineBuilder for KvmBuilder {
     fn start(&mut self, config: &VmConfig) -> Result<Box<dyn control::Machine>, StartError> {
+        self.filters.set_up().map_err(|error| StartError(StartFailure::Filter(error).into()))?;
         let subscribers = self.event_loop.borrow().subscribers();
         match self.build(config) {
             Ok(machine) => {
@@ -74,12 +110,13 @@ impl KvmBuilder {
             boot_timer: self.boot_timer,
             console,
             mmds: self.mmds.clone(),
-            prepare_vcpu: || Ok(()),
+            prepare_vcpu: self.filters.vcpu(),
         };
         let machine = Machine::build(config, resources).map_err(|error| StartError(error.into()))?;
         if uses_terminal {
             signals::raw_terminal().map_err(StartFailure::Console).map_err(fail)?;
         }
+        self.filters.run().map_err(StartFailure::Filter).map_err(fail)?;
         Ok(machine)
     }
 }

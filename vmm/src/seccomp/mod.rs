@@ -5,20 +5,16 @@
 //! system calls. A filter stays for the life of its thread, is inherited by the threads it starts, and a
 //! further one can only take away.
 //!
-//! A violation raises SIGSYS in the thread. The handler that [`install_handler`] installs names the system
-//! call on standard error and in the log and ends the process with [`EXIT_VIOLATION`]; where it cannot run, the signal
-//! itself ends the process.
+//! A violation raises SIGSYS in the thread, whose handler (see [`crate::signals`]) names the system call and
+//! ends the process; where it cannot run, the signal itself ends the process.
 //!
-//! The lists are in [`policy`]. Something missing there shows as such a line: look at who makes the call
+//! The lists are in `policy.rs`. Something missing there shows as such a line: look at who makes the call
 //! and whether that thread has to, and add it with the reason.
 
 mod compile;
 mod policy;
-mod violation;
 
 use std::io;
-
-pub use violation::{EXIT_VIOLATION, install_handler, report_to};
 
 /// Kinds of threads, by what they may do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

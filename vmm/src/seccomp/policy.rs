@@ -32,9 +32,14 @@ const EVERY: &[Rule] = &[
     allow(SYS_read),
     allow(SYS_write),
     allow(SYS_writev),
-    // A driver that starts or resets its device does so on a vCPU, which then waits for its descriptors.
+    // Whoever drops the last reference closes. Debug builds look with fcntl first.
+    allow(SYS_close),
+    allow_if(SYS_fcntl, 1, &FCNTLS),
+    // A driver that starts or resets its device does so on a vCPU: what is waited for changes, and a drive
+    // finishes what it has begun.
     allow(SYS_epoll_ctl),
     allow(SYS_timerfd_settime),
+    allow(SYS_io_uring_enter),
     // The allocator. Nothing is ever made executable.
     allow(SYS_brk),
     allow_if(SYS_mmap, 2, &[Masked(PROT_EXEC as u32, 0)]),
@@ -60,6 +65,8 @@ const EVERY: &[Rule] = &[
     allow(SYS_getrandom),
     allow(SYS_exit),
     allow(SYS_exit_group),
+    // The handler of fatal signals and the panic hook remove the sockets, wherever they run.
+    allow(SYS_unlink),
 ];
 
 /// `SIGRTMIN`, which the C library makes of the kernel's 32 by keeping two for itself.
@@ -73,14 +80,11 @@ const MAIN: &[Rule] = &[
     allow(SYS_poll),
     // Files: kernel and drives, the log, metrics, and what a drive is replaced with.
     allow(SYS_openat),
-    allow(SYS_close),
     allow(SYS_fstat),
     allow(SYS_newfstatat),
     allow(SYS_statx),
     allow(SYS_lseek),
     allow(SYS_flock),
-    allow_if(SYS_fcntl, 1, &FCNTLS),
-    allow(SYS_unlink),
     // Drives, without and with io_uring, whose rings can do nothing but this to the one file they have.
     allow(SYS_pread64),
     allow(SYS_pwrite64),
@@ -90,7 +94,6 @@ const MAIN: &[Rule] = &[
     allow(SYS_fsync),
     allow(SYS_fdatasync),
     allow(SYS_fallocate),
-    allow(SYS_io_uring_enter),
     allow(SYS_io_uring_register),
     // Connections to the API and of the vsock device.
     allow_if(SYS_socket, 0, &[Is(AF_UNIX as u32)]),
@@ -128,6 +131,8 @@ const START: &[Rule] = &[
     allow(SYS_rt_sigaction),
     allow(SYS_prlimit64),
     allow(SYS_sched_getaffinity),
+    allow(SYS_getpgrp),
+    allow(SYS_sysinfo),
     // Threads, as the C library makes them: with `clone3` or, when that is not there, with `clone`, whose
     // flags can be looked at. No other flags, so no processes and no namespaces.
     Rule { call: SYS_clone3, verdict: Verdict::Fail(ENOSYS as u16) },
@@ -150,13 +155,15 @@ const THREAD: u32 = (CLONE_VM
     | CLONE_PARENT_SETTID
     | CLONE_CHILD_CLEARTID) as u32;
 
-// Requests to devices, from linux/kvm.h, linux/if_tun.h, linux/fs.h and asm-generic/ioctls.h.
+// Requests to devices, from linux/kvm.h, linux/if_tun.h, linux/sockios.h, linux/fs.h and
+// asm-generic/ioctls.h.
 
 const KVM_RUN: u32 = 0xae80;
 const KVM_GET_REGS: u32 = 0x8090_ae81;
 
-/// Requests of a vCPU: run, and its registers when it cannot go on.
-const VCPU_IOCTLS: [Test; 2] = [Is(KVM_RUN), Is(KVM_GET_REGS)];
+/// Requests of a vCPU: run, its registers when it cannot go on, and the terminal's settings put back then;
+/// and what a tap may leave to a driver that starts.
+const VCPU_IOCTLS: [Test; 4] = [Is(KVM_RUN), Is(KVM_GET_REGS), Is(TCSETS), Is(TUNSETOFFLOAD)];
 
 const BLKDISCARD: u32 = 0x1277;
 const BLKZEROOUT: u32 = 0x127f;
@@ -175,10 +182,11 @@ const TUNSETIFF: u32 = 0x4004_54ca;
 const TUNGETFEATURES: u32 = 0x8004_54cf;
 const TUNSETOFFLOAD: u32 = 0x4004_54d0;
 const TUNSETVNETHDRSZ: u32 = 0x4004_54d8;
-const TUNSETQUEUE: u32 = 0x4004_54d9;
+const SIOCGIFINDEX: u32 = 0x8933;
+const TIOCGPGRP: u32 = 0x540f;
 
-/// The same, anything to KVM, and what attaches a tap.
-const START_IOCTLS: [Test; 12] = [
+/// The same, anything to KVM, what attaches a tap, and whether the terminal is ours.
+const START_IOCTLS: [Test; 13] = [
     KVM,
     Is(BLKDISCARD),
     Is(BLKZEROOUT),
@@ -190,5 +198,6 @@ const START_IOCTLS: [Test; 12] = [
     Is(TUNGETFEATURES),
     Is(TUNSETOFFLOAD),
     Is(TUNSETVNETHDRSZ),
-    Is(TUNSETQUEUE),
+    Is(SIOCGIFINDEX),
+    Is(TIOCGPGRP),
 ];

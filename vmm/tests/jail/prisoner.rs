@@ -7,6 +7,7 @@ use std::process::ExitCode;
 
 use pulau_vmm::jail::{self, Cgroup, JailConfig, Network};
 use pulau_vmm::seccomp::{self, Thread};
+use pulau_vmm::signals;
 
 /// Exit status: the attempt succeeded.
 pub const THROUGH: i32 = 0;
@@ -46,7 +47,7 @@ pub fn main(args: &[String]) -> ExitCode {
         return ExitCode::from(NO_JAIL as u8);
     }
     if let Some(filter) = filter {
-        seccomp::install_handler().unwrap();
+        signals::install().unwrap();
         seccomp::apply(filter).unwrap();
     }
     match crate::attempts::make(&attempt) {

@@ -8,7 +8,7 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
-use pulau_vmm::seccomp::EXIT_VIOLATION;
+use pulau_vmm::exit::ExitCode;
 
 use crate::cell::{Cgroups, ID, Place, Prisoner, check, expect_no_children, listing, own_mounts};
 use crate::{Test, Unable};
@@ -255,7 +255,7 @@ fn both_walls() -> Result<(), Unable> {
     for attempt in scene.attempts() {
         for filter in ["setup", "vmm", "vcpu"] {
             let ended = scene.jailed(&attempt.jailed).with("filter", filter).run();
-            if ended.status().code() != Some(EXIT_VIOLATION) {
+            if ended.status().code() != Some(i32::from(ExitCode::BadSyscall.code())) {
                 ended.expect_refused();
             }
         }
@@ -271,7 +271,7 @@ fn violation() -> Result<(), Unable> {
     let ended = run(&["signal", "7"]);
     ended.expect_violation();
     let number = libc::SYS_kill;
-    let line = format!("seccomp: forbidden system call {number} (0x7, 0x0, 0x0) in thread 1: ending\n");
+    let line = format!("pulau-vmm: made the forbidden system call {number}(0x7,0x0,0x0) in thread 1\n");
     assert_eq!(ended.error, line);
     Ok(())
 }

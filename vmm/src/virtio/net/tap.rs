@@ -1,13 +1,13 @@
 //! A tap device of the host: whole Ethernet frames by `readv` and `writev`, each behind a virtio-net
 //! header, so that checksums and segmentation are left to whoever can do them best.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::OpenOptionsExt;
 
 use libc::{c_uint, c_ulong};
 
+use crate::jail;
 use crate::virtio::buffers::GuestBuffers;
 
 /// Bytes of the header before every frame (`virtio_net_hdr_v1`).
@@ -104,12 +104,7 @@ impl Tap {
         if unsafe { libc::if_nametoindex(request.name.as_ptr().cast()) } == 0 {
             return Err(TapError::Missing(name.to_owned()));
         }
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
-            .open("/dev/net/tun")
-            .map_err(TapError::Driver)?;
+        let file = jail::devices::tun().map_err(TapError::Driver)?;
         let tap = Self { file, stand_in: false };
         // SAFETY: the request has the layout of `struct ifreq`, which TUNSETIFF reads and writes.
         unsafe { tap.ioctl(TUNSETIFF, &mut request) }
