@@ -225,18 +225,20 @@ fn what_a_killed_run_leaves_the_next_one_removes() {
 #[test]
 fn a_panic_is_an_error_with_the_consoles_last_lines_and_not_a_hang() {
     let user = User::new("panic");
-    let output = user.run(&["--", "sh", "-c", "echo c >/proc/sysrq-trigger; sleep 600"]);
+    // The kernel panics when its init ends.
+    let output = user.run(&["--boot-args", "console=ttyS0 quiet panic=-1 init=/bin/true", "--", "true"]);
     assert_eq!(output.status.code(), Some(125));
     let message = text(&output.stderr);
     assert!(message.contains("the guest's kernel panicked"), "{message}");
-    assert!(message.contains("Kernel panic - not syncing: sysrq triggered crash"), "{message}");
+    assert!(message.contains("Kernel panic - not syncing: Attempted to kill init"), "{message}");
     user.assert_clean();
 }
 
 #[test]
 fn a_guest_that_ends_by_itself_is_told_from_one_whose_command_ended() {
     let user = User::new("poweroff");
-    let output = user.run(&["--", "sh", "-c", "poweroff; sleep 600"]);
+    // Forced, so that the command does not end first.
+    let output = user.run(&["--", "sh", "-c", "poweroff -f; sleep 600"]);
     assert_eq!(output.status.code(), Some(125));
     assert!(text(&output.stderr).contains("the guest powered itself off"), "{}", text(&output.stderr));
     let output = user.run(&["--", "sh", "-c", "kill -9 $$"]);
