@@ -1,4 +1,4 @@
-//! The benchmarks: `scripts/bench boot|devices|density`.
+//! The benchmarks: `scripts/bench boot|devices|network|density`.
 //!
 //! Each figure is taken for `pulau-vmm` and, where `PULAU_BENCH_OTHER` names the program of another VMM
 //! that speaks the same API, for that one in turn, run by run, so that what the machine does meanwhile
@@ -9,6 +9,7 @@ mod boot;
 mod density;
 mod devices;
 mod measure;
+mod network;
 mod report;
 mod vmm;
 
@@ -17,10 +18,11 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 
 const USAGE: &str = "\
-Usage: bench boot|devices|density [--runs N] [--json FILE]
+Usage: bench boot|devices|network|density [--runs N] [--json FILE]
 
   boot      process start to API, InstanceStart to the guest's init, memory beyond the guest's
-  devices   block and network throughput and latency
+  devices   block throughput and latency
+  network   TCP throughput each way and round trips
   density   boots per second, one by one and side by side; idle microVMs in a given memory
 
 Environment: PULAU_BIN_DIR, PULAU_TEST_KERNEL, PULAU_TEST_ROOTFS_MINIMAL (set by scripts/bench);
@@ -54,6 +56,7 @@ fn run() -> Result<()> {
     let report = match options.what.as_str() {
         "boot" => boot::run(&contenders, options.runs.unwrap_or(15))?,
         "devices" => devices::run(&contenders, options.runs.unwrap_or(5))?,
+        "network" => network::run(&contenders, options.runs.unwrap_or(5))?,
         "density" => density::run(&contenders, options.runs.unwrap_or(3))?,
         other => bail!("unknown benchmark {other}\n{USAGE}"),
     };

@@ -1,0 +1,267 @@
+//! Network interfaces, metadata and vsock move real data between guest and host.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use pulau_agent_protocol::message::ExitStatus;
+use pulau_tests::vmm::Vmm;
+use pulau_tests::{PATIENCE, wait_for};
+use serde_json::json;
+
+const MIB: usize = 1 << 20;
+const HOST: &str = "172.16.0.1";
+
+/// Runs `test` in a thread with a network of its own: with a tap `tap0` that has the address [`HOST`].
+fn in_own_network(test: impl FnOnce() + Send + 'static) {
+    let run = move || {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("a network namespace");
+        ip("link set lo up");
+        ip("tuntap add tap0 mode tap");
+        ip(&format!("addr add {HOST}/24 dev tap0"));
+        ip("link set tap0 up");
+        test();
+    };
+    if let Err(panic) = std::thread::spawn(run).join() {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+fn ip(arguments: &str) {
+    let status = Command::new("ip").args(arguments.split(' ')).status().expect("ip runs");
+    assert!(status.success(), "ip {arguments}");
+}
+
+/// A booted guest with `eth0` on `tap0`, which has address 172.16.0.2.
+fn networked(more: serde_json::Value) -> Vmm {
+    let vmm = Vmm::start();
+    vmm.configure(1, 128, "");
+    let mut config = json!({
+        "iface_id": "eth0", "host_dev_name": "tap0", "guest_mac": "06:00:ac:10:00:02",
+    });
+    config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    vmm.put("/network-interfaces/eth0", config).ok();
+    vmm
+}
+
+fn boot(vmm: &Vmm) {
+    vmm.boot();
+    vmm.sh("ip link set eth0 up && ip addr add 172.16.0.2/24 dev eth0");
+}
+
+fn pattern(len: usize) -> Vec<u8> {
+    (0..len).map(|i| (i * 7 + (i >> 8) * 3 + (i >> 16)) as u8).collect()
+}
+
+/// The host sends `data` to the guest, which says what it got; returns the time that took.
+fn to_guest(vmm: &Vmm, data: &[u8]) -> Duration {
+    let listener = TcpListener::bind((HOST, 5001)).unwrap();
+    let digest = std::thread::scope(|scope| {
+        let sender = scope.spawn(|| {
+            let (mut stream, _) = listener.accept().unwrap();
+            let start = Instant::now();
+            stream.write_all(data).unwrap();
+            drop(stream);
+            start
+        });
+        let digest = vmm.sh(&format!("nc {HOST} 5001 </dev/null | sha256sum"));
+        (digest, sender.join().unwrap().elapsed())
+    });
+    assert_eq!(digest.0.split_whitespace().next().unwrap(), sha256(data));
+    digest.1
+}
+
+fn sha256(data: &[u8]) -> String {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), data).unwrap();
+    let output = Command::new("sha256sum").arg(file.path()).output().unwrap();
+    String::from_utf8(output.stdout).unwrap().split_whitespace().next().unwrap().to_owned()
+}
+
+#[test]
+fn guest_and_host_reach_each_other() {
+    in_own_network(|| {
+        let vmm = networked(json!({"mtu": 1400}));
+        boot(&vmm);
+        assert_eq!(
+            vmm.sh("cat /sys/class/net/eth0/address /sys/class/net/eth0/mtu"),
+            "06:00:ac:10:00:02\n1400\n"
+        );
+        vmm.sh(&format!("ping -c 3 -W 10 {HOST}"));
+        let ping = Command::new("ping").args(["-c", "3", "-W", "10", "172.16.0.2"]).output().unwrap();
+        assert!(ping.status.success(), "{ping:?}");
+        let data = pattern(32 * MIB + 12_345);
+        to_guest(&vmm, &data);
+
+        // And from the guest: a file it received by other means.
+        let listener = TcpListener::bind((HOST, 5002)).unwrap();
+        let received = std::thread::spawn(move || {
+            let mut all = Vec::new();
+            listener.accept().unwrap().0.read_to_end(&mut all).unwrap();
+            all
+        });
+        let digest = vmm.sh(&format!(
+            "head -c 32M /dev/urandom > /tmp/data; nc {HOST} 5002 < /tmp/data; sha256sum < /tmp/data"
+        ));
+        assert_eq!(digest.split_whitespace().next().unwrap(), sha256(&received.join().unwrap()));
+
+        // Many small packets both ways.
+        let echo = std::thread::spawn(|| {
+            let mut stream =
+                wait_for("the guest's echo", PATIENCE, || TcpStream::connect("172.16.0.2:7").ok());
+            stream.set_nodelay(true).unwrap();
+            for i in 0..500u32 {
+                stream.write_all(&i.to_le_bytes()).unwrap();
+                let mut back = [0; 4];
+                stream.read_exact(&mut back).unwrap();
+                assert_eq!(u32::from_le_bytes(back), i);
+            }
+        });
+        vmm.sh("timeout 100 nc -l -p 7 -e /bin/cat");
+        echo.join().unwrap();
+    });
+}
+
+#[test]
+fn limits_hold_and_change_while_the_guest_runs() {
+    in_own_network(|| {
+        let bucket = |size: usize| json!({"bandwidth": {"size": size, "refill_time": 1000}});
+        let vmm = networked(json!({"rx_rate_limiter": bucket(MIB)}));
+        boot(&vmm);
+        let data = pattern(5 * MIB);
+        // The first MiB is in the bucket; the clock of the receiver starts a little late.
+        let limited = to_guest(&vmm, &data);
+        assert!(limited.as_secs_f64() >= 2.8, "{limited:?}");
+        let update = json!({"iface_id": "eth0", "rx_rate_limiter": bucket(0)});
+        vmm.patch("/network-interfaces/eth0", update).ok();
+        let free = to_guest(&vmm, &data);
+        assert!(free < limited / 2, "{free:?}, limited {limited:?}");
+    });
+}
+
+#[test]
+fn a_tap_that_is_deleted_takes_down_the_link_and_nothing_else() {
+    in_own_network(|| {
+        let mut vmm = networked(json!({}));
+        boot(&vmm);
+        assert_eq!(vmm.sh("cat /sys/class/net/eth0/carrier").trim(), "1");
+        ip("link delete tap0");
+        wait_for("the carrier to go", PATIENCE, || {
+            (vmm.sh("cat /sys/class/net/eth0/carrier").trim() == "0").then_some(())
+        });
+        let (status, ..) = vmm.try_sh(&format!("ping -c 1 -W 1 {HOST}"));
+        assert!(!matches!(status, ExitStatus::Code(0)));
+        assert!(vmm.is_running());
+        assert!(vmm.log().contains("its tap cannot be used any more"), "{}", vmm.log());
+    });
+}
+
+#[test]
+fn a_tap_that_is_missing_or_busy_is_named() {
+    in_own_network(|| {
+        let fails = |tap: &str| {
+            let vmm = networked(json!({"host_dev_name": tap}));
+            let answer = vmm.put("/actions", json!({"action_type": "InstanceStart"}));
+            assert_eq!(answer.status, 400, "{answer:?}");
+            format!("{answer:?}")
+        };
+        let missing = fails("tap9");
+        assert!(
+            missing.contains("network interface eth0") && missing.contains("no interface tap9"),
+            "{missing}"
+        );
+        let vmm = networked(json!({}));
+        boot(&vmm);
+        let busy = fails("tap0");
+        assert!(busy.contains("another process uses it"), "{busy}");
+    });
+}
+
+#[test]
+fn the_guest_reads_its_metadata() {
+    in_own_network(|| {
+        let vmm = networked(json!({}));
+        vmm.put("/mmds/config", json!({"version": "V2", "network_interfaces": ["eth0"]})).ok();
+        let long = "x".repeat(20_000);
+        vmm.put("/mmds", json!({"instance": {"id": "i-1234"}, "long": long})).ok();
+        boot(&vmm);
+        vmm.sh("ip route add 169.254.169.254 dev eth0");
+        let get = |path: &str, token: &str| {
+            let request = format!("GET {path} HTTP/1.0\\r\\nX-metadata-token: {token}\\r\\n\\r\\n");
+            vmm.sh(&format!("printf '{request}' | nc 169.254.169.254 80"))
+        };
+        assert!(get("/instance/id", "wrong").starts_with("HTTP/1.1 401"));
+        let token = vmm
+            .sh("printf 'PUT /latest/api/token HTTP/1.0\\r\\nX-metadata-token-ttl-seconds: 60\\r\\n\\r\\n' \
+             | nc 169.254.169.254 80");
+        let token = token.rsplit("\r\n\r\n").next().unwrap().to_owned();
+        assert!(get("/instance/id", &token).ends_with("\r\n\r\ni-1234"));
+        assert!(get("/long", &token).ends_with(&format!("\r\n\r\n{long}")));
+        vmm.patch("/mmds", json!({"instance": {"id": "i-5678"}})).ok();
+        assert!(get("/instance/id", &token).ends_with("\r\n\r\ni-5678"));
+        // Nothing of it reached the host.
+        assert!(!std::fs::read_to_string("/proc/net/arp").unwrap().contains("169.254"));
+    });
+}
+
+#[test]
+fn vsock_carries_many_connections_and_much_data() {
+    let vmm = Vmm::booted();
+    vmm.sh("true");
+    std::thread::scope(|scope| {
+        for i in 0..8 {
+            let vmm = &vmm;
+            scope.spawn(move || {
+                for round in 0..10 {
+                    assert_eq!(vmm.sh(&format!("echo {i} {round}")), format!("{i} {round}\n"));
+                }
+            });
+        }
+        let data = pattern(16 * MIB);
+        let file = vmm.path("data");
+        std::fs::write(&file, &data).unwrap();
+        let digest = sha256(&data);
+        let vmm = &vmm;
+        scope.spawn(move || {
+            let request = pulau_agent_protocol::message::ExecRequest {
+                argv: vec!["/bin/sha256sum".into()],
+                ..Default::default()
+            };
+            let output = vmm.agent().output(&request, &data).unwrap();
+            assert_eq!(String::from_utf8_lossy(&output.stdout).split_whitespace().next().unwrap(), digest);
+        });
+        scope.spawn(move || {
+            let text = vmm.sh("yes | head -c 8M");
+            assert_eq!(text.len(), 8 * MIB);
+            assert!(text.as_bytes().chunks(2).all(|c| c == b"y\n"));
+        });
+    });
+    // Ports nobody listens on refuse at once, and all that is over leaves nothing behind.
+    for port in 2000..2050 {
+        let mut stream = std::os::unix::net::UnixStream::connect(vmm.path("vsock")).unwrap();
+        stream.write_all(format!("CONNECT {port}\n").as_bytes()).unwrap();
+        assert_eq!(stream.read(&mut [0]).unwrap(), 0);
+    }
+    let sockets = || {
+        let fds = std::fs::read_dir(format!("/proc/{}/fd", vmm.pid())).unwrap().flatten();
+        fds.filter(|f| std::fs::read_link(f.path()).is_ok_and(|l| l.to_string_lossy().starts_with("socket:")))
+            .count()
+    };
+    // The API's listening socket and the device's.
+    wait_for("connections to end", PATIENCE, || (sockets() <= 2).then_some(()));
+}
+
+#[test]
+fn random_numbers_come_from_the_host() {
+    let vmm = Vmm::start();
+    vmm.configure(1, 128, "");
+    vmm.put("/entropy", json!({"rate_limiter": {"bandwidth": {"size": 4096, "refill_time": 1000}}})).ok();
+    vmm.boot();
+    assert_eq!(vmm.sh("cat /sys/class/misc/hw_random/rng_current").trim(), "virtio_rng.0");
+    let start = Instant::now();
+    let count = vmm.sh("head -c 12288 /dev/hwrng | wc -c");
+    assert_eq!(count.trim(), "12288");
+    assert!(start.elapsed() > Duration::from_millis(1500), "{:?}", start.elapsed());
+    assert_ne!(vmm.sh("head -c 64 /dev/hwrng | sha256sum"), vmm.sh("head -c 64 /dev/hwrng | sha256sum"));
+}
