@@ -142,19 +142,13 @@ bootstrap_debian() {
         '' "$tar" "deb [trusted=yes] copy:$repository ./"
 }
 
-# agent_binary: the agent's path, built if needed. PULAU_AGENT names one built elsewhere. It has a target
-# directory of its own: built together with other packages it would get their features and other bytes.
+# agent_binary: the agent's path. It is the release program of this checkout, built with the others (by itself
+# it would get other features, and other bytes), unless PULAU_AGENT names another.
 agent_binary() {
-    if [[ ${PULAU_AGENT:-} ]]; then
-        [[ -f $PULAU_AGENT ]] || die "PULAU_AGENT: no such file: $PULAU_AGENT"
-        realpath "$PULAU_AGENT"
-        return
-    fi
-    local target=${CARGO_TARGET_DIR:-$repo_dir/target}/images
-    need_rust
-    (cd "$repo_dir" && CARGO_TARGET_DIR=$target cargo build --quiet --release --locked --package pulau-agent >&2) ||
-        die "the agent could not be built"
-    CARGO_TARGET_DIR=$target programs_dir release | sed 's|$|/pulau-agent|'
+    local agent=${PULAU_AGENT:-}
+    [[ $agent ]] || agent=$("$repo_dir/scripts/build" | tail -n 1) || die "the agent could not be built"
+    [[ -f $agent ]] || die "the agent is missing: $agent"
+    realpath "$agent"
 }
 
 # install_agent ROOT: puts the agent into a root file system, as /usr/lib/pulau/pulau-agent.
