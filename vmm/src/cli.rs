@@ -115,6 +115,7 @@ struct Raw {
     resource_limits: Vec<ResourceLimit>,
     netns: Option<PathBuf>,
     new_netns: Option<()>,
+    taps: Vec<String>,
     pid_file: Option<PathBuf>,
 }
 
@@ -169,6 +170,7 @@ impl Raw {
             "resource-limit" => many(&mut self.resource_limits, "--resource-limit", parser),
             "netns" => path(&mut self.netns, "--netns", parser),
             "new-net-ns" => once(&mut self.new_netns, "--new-net-ns", ()),
+            "tap" => many(&mut self.taps, "--tap", parser),
             "pid-file" => path(&mut self.pid_file, "--pid-file", parser),
             "enable-pci" => once(&mut self.enable_pci, "--enable-pci", ()),
             "seccomp-filter" => Err(CliError::Unsupported { option: "--seccomp-filter" }),
@@ -232,6 +234,7 @@ impl Raw {
                 ("--resource-limit", !self.resource_limits.is_empty()),
                 ("--netns", self.netns.is_some()),
                 ("--new-net-ns", self.new_netns.is_some()),
+                ("--tap", !self.taps.is_empty()),
                 ("--pid-file", self.pid_file.is_some()),
             ];
             return match options.into_iter().find(|(_, given)| *given) {
@@ -262,6 +265,7 @@ impl Raw {
         Ok(Some(JailConfig {
             cgroup,
             network,
+            taps: self.taps,
             resource_limits,
             pid_file: self.pid_file,
             ..JailConfig::new(root, uid, gid)
@@ -360,6 +364,8 @@ Isolation:
   --resource-limit NAME=VALUE     fsize=BYTES or no-file=COUNT; may be repeated
   --netns PATH                    network namespace to run in
   --new-net-ns                    a new network namespace with nothing in it
+  --tap NAME                      attach this tap before leaving the namespace it is in; may be repeated, and
+                                  is then the only way to have one
   --pid-file PATH                 where to write the process id of the jailed process
   --no-seccomp                    no filters of system calls; not for use with guests that are not trusted
 

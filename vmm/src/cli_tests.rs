@@ -58,13 +58,15 @@ fn every_option_is_read() {
 #[test]
 fn a_jail_is_read() {
     let options = run("--jail /j --uid 5 --gid 6 --cgroup /sys/fs/cgroup/a --cgroup-limit memory.max=1M \
-        --cgroup-limit pids.max=5 --resource-limit no-file=64 --netns /run/netns/a --pid-file /p");
+        --cgroup-limit pids.max=5 --resource-limit no-file=64 --netns /run/netns/a --pid-file /p \
+        --tap a --tap b");
     let expected = JailConfig {
         cgroup: Some(Cgroup {
             path: "/sys/fs/cgroup/a".into(),
             limits: vec!["memory.max=1M".parse().unwrap(), "pids.max=5".parse().unwrap()],
         }),
         network: Network::Namespace("/run/netns/a".into()),
+        taps: vec!["a".into(), "b".into()],
         resource_limits: vec!["no-file=64".parse().unwrap()],
         pid_file: Some("/p".into()),
         ..JailConfig::new("/j", 5, 6)
@@ -75,6 +77,7 @@ fn a_jail_is_read() {
     assert_eq!(new.network, Network::New);
     for (arguments, message) in [
         ("--uid 5", "--uid needs --jail"),
+        ("--tap a", "--tap needs --jail"),
         ("--cgroup-limit memory.max=1", "--cgroup-limit needs --jail"),
         ("--jail /j --uid 5", "--jail needs --uid and --gid"),
         ("--jail /j --uid 5 --gid 6 --cgroup-limit memory.max=1", "--cgroup-limit needs --cgroup"),

@@ -30,15 +30,15 @@ pub struct JailSpec {
     pub cgroup: bool,
 }
 
-/// Network namespace of a VMM. Its taps must be in it.
+/// Network namespace of a VMM.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Network {
-    /// A new and empty one.
+    /// A new and empty one. Its taps are attached in the host's before.
     #[default]
     None,
-    /// The host's.
+    /// The host's, with its taps.
     Host,
-    /// An existing one, such as `/run/netns/name`.
+    /// An existing one, such as `/run/netns/name`, with its taps.
     Namespace(PathBuf),
 }
 
@@ -164,7 +164,12 @@ impl<'a> Jail<'a> {
         command.args(["--uid", &user.to_string(), "--gid", &user.to_string()]);
         command.arg("--pid-file").arg(self.home.pid_file());
         match &jail.network {
-            Network::None => _ = command.arg("--new-net-ns"),
+            Network::None => {
+                command.arg("--new-net-ns");
+                for interface in &spec.vm.network_interfaces {
+                    command.arg("--tap").arg(&interface.host_dev_name);
+                }
+            }
             Network::Host => {}
             Network::Namespace(path) => _ = command.arg("--netns").arg(path),
         }

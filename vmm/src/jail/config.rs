@@ -17,6 +17,9 @@ pub struct JailConfig {
     pub cgroup: Option<Cgroup>,
     /// Network namespace to run in.
     pub network: Network,
+    /// Taps of the caller's network namespace, attached before the process leaves it. Where any are named,
+    /// they are the only ones it can have, wherever it runs.
+    pub taps: Vec<String>,
     /// Limits by `setrlimit`. Core dumps are always off.
     pub resource_limits: Vec<ResourceLimit>,
     /// Where to write the jailed process's pid, as the caller sees it. Not written where the process the
@@ -24,7 +27,7 @@ pub struct JailConfig {
     pub pid_file: Option<PathBuf>,
 }
 
-/// Network namespace of the VMM. Its taps must be in it.
+/// Network namespace of the VMM. Its taps must be in it, but for those of [`JailConfig::taps`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Network {
     /// The caller's.
@@ -97,6 +100,7 @@ impl JailConfig {
             gid,
             cgroup: None,
             network: Network::Host,
+            taps: Vec::new(),
             resource_limits: Vec::new(),
             pid_file: None,
         }

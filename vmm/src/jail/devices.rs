@@ -5,6 +5,9 @@
 //! system in memory that holds nothing else, is attached nowhere (`fsmount(2)`), has nothing above it, and
 //! vanishes with the only descriptor of it. The jail's tree needs no device nodes, and nobody has to make
 //! or remove them.
+//!
+//! Taps that are named beforehand are attached beforehand, where they are, and kept: the process may then go
+//! where there are none, and gets no node to attach others with.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -17,6 +20,7 @@ use nix::sys::stat::{Mode, SFlag, mknodat, stat};
 use nix::unistd::{Gid, Uid, fchownat};
 
 use super::{JailError, os_error};
+use crate::virtio::net::tap;
 
 const KVM: &str = "/dev/kvm";
 const TUN: &str = "/dev/net/tun";
@@ -51,32 +55,42 @@ pub fn tun() -> io::Result<File> {
     Ok(unsafe { File::from_raw_fd(opened) })
 }
 
+/// A tap that was attached before the process went to jail. None if this one was not.
+pub fn attached_tap(name: &str) -> Option<io::Result<File>> {
+    let (_, tap) = JAILED.get()?.taps.iter().find(|(attached, _)| attached == name)?;
+    Some(tap.try_clone())
+}
+
 /// Devices opened before the jail closes behind the process.
 pub(super) struct Opened {
     kvm: OwnedFd,
-    /// The directory with `tun` in it. None if the host has none.
+    /// The directory with `tun` in it. None if the host has none, or it is not needed.
     net: Option<OwnedFd>,
     /// That node, by `O_PATH`.
     tun: Option<OwnedFd>,
+    /// Taps attached beforehand.
+    taps: Vec<(String, File)>,
 }
 
 impl Opened {
-    /// Opens what there is, for the user that the process will be.
-    pub(super) fn open(uid: u32, gid: u32) -> Result<Self, JailError> {
+    /// Opens what there is, for the user that the process will be, and attaches `taps`.
+    pub(super) fn open(uid: u32, gid: u32, taps: &[String]) -> Result<Self, JailError> {
         let kvm = OpenOptions::new()
             .read(true)
             .write(true)
             .open(KVM)
             .map_err(|source| JailError::Device { path: KVM, source })?
             .into();
+        let taps = taps.iter().map(|name| Ok((name.clone(), tap::attach(name)?)));
+        let taps = taps.collect::<Result<Vec<_>, JailError>>()?;
         let failed = |source| JailError::Device { path: TUN, source };
         let number = match stat(TUN) {
-            Ok(stat) => stat.st_rdev,
-            Err(Errno::ENOENT) => return Ok(Self { kvm, net: None, tun: None }),
+            Ok(stat) if taps.is_empty() => stat.st_rdev,
+            Ok(_) | Err(Errno::ENOENT) => return Ok(Self { kvm, net: None, tun: None, taps }),
             Err(errno) => return Err(failed(errno.into())),
         };
         let (net, tun) = node(number, uid, gid).map_err(failed)?;
-        Ok(Self { kvm, net: Some(net), tun: Some(tun) })
+        Ok(Self { kvm, net: Some(net), tun: Some(tun), taps })
     }
 
     /// The node of `tun`, as something to name in a rule.

@@ -41,6 +41,8 @@ use std::ffi::CString;
 use std::io;
 use std::path::PathBuf;
 
+use crate::virtio::net::tap::TapError;
+
 pub use config::{Cgroup, CgroupLimit, Invalid, JailConfig, Network, Resource, ResourceLimit};
 pub use landlock::Landlock;
 
@@ -64,6 +66,8 @@ pub enum JailError {
     CloseInherited(#[source] io::Error),
     #[error("cannot open {path}: {source}")]
     Device { path: &'static str, source: io::Error },
+    #[error("--tap: {0}")]
+    Tap(#[from] TapError),
     #[error("cannot use {} as a jail: {source}", path.display())]
     Root { path: PathBuf, source: io::Error },
     #[error("cannot write the pid file {}: {source}", path.display())]
@@ -106,7 +110,7 @@ pub fn enter(config: &JailConfig) -> Result<Jailed, JailError> {
     process::close_inherited().map_err(JailError::CloseInherited)?;
     process::wipe_environment();
 
-    let devices = devices::Opened::open(config.uid, config.gid)?;
+    let devices = devices::Opened::open(config.uid, config.gid, &config.taps)?;
     let root = root::Root::open(&config.root)?;
     let netns = match &config.network {
         Network::Namespace(path) => Some((path, process::open_netns(path)?)),

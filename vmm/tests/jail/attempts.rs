@@ -9,6 +9,7 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 
 use pulau_vmm::jail::devices;
+use pulau_vmm::virtio::net::tap::Tap;
 
 /// Makes the attempt `what`: its name and its arguments.
 pub fn make(what: &[&str]) -> io::Result<()> {
@@ -17,6 +18,7 @@ pub fn make(what: &[&str]) -> io::Result<()> {
         ["identity"] => identity(),
         ["live"] => live(),
         ["devices"] => use_devices(),
+        ["tap", name] => Tap::open(name).map(drop).map_err(io::Error::other),
         ["read", path] => reach(path, OpenOptions::new().read(true)),
         ["write", path] => reach(path, OpenOptions::new().write(true)),
         ["ring", path] => open_by_ring(path),

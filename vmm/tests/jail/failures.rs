@@ -52,6 +52,7 @@ fn configuration() -> Result<(), Unable> {
     fails(&place, jailed().with("net", "/nowhere"), "network namespace /nowhere: No such file");
     let not_one = tree.join("disk").display().to_string();
     fails(&place, jailed().with("net", &not_one), &format!("network namespace {not_one}: Invalid argument"));
+    fails(&place, jailed().with("tap", "nowhere"), "--tap: there is no interface nowhere on this host");
     fails(&place, jailed().with("pid-file", "/nowhere/pid"), "the pid file /nowhere/pid: No such file");
     Ok(())
 }

@@ -28,6 +28,7 @@ pub fn main(args: &[String]) -> ExitCode {
             "gid" => config.gid = value.parse().unwrap(),
             "net" if value == "new" => config.network = Network::New,
             "net" => config.network = Network::Namespace(value.into()),
+            "tap" => config.taps.push(value.into()),
             "cgroup" => cgroup.path = value.into(),
             "cgroup-limit" => cgroup.limits.push(value.parse().unwrap()),
             "resource-limit" => config.resource_limits.push(value.parse().unwrap()),

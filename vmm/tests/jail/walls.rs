@@ -1,6 +1,7 @@
 //! What the jail must and must not let through.
 
 use std::fs;
+use std::io;
 use std::net::TcpListener;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener};
@@ -26,6 +27,7 @@ pub const TESTS: &[Test] = &[
     ("attempts_stop_at_both_walls", both_walls),
     ("a_violation_ends_the_process_and_says_why", violation),
     ("the_network_namespace_is_the_one_given", network_namespace),
+    ("taps_are_attached_before_their_namespace_is_left", taps),
     ("resource_limits_hold", resource_limits),
     ("a_cgroup_limits_memory", memory),
     ("a_cgroup_limits_processes", processes),
@@ -288,6 +290,51 @@ fn network_namespace() -> Result<(), Unable> {
     refused.expect_refused();
     let refused = jailed("new");
     refused.expect_refused();
+    Ok(())
+}
+
+/// In the jail's own empty namespace there is the tap that was named, and no way to another one.
+fn taps() -> Result<(), Unable> {
+    let place = Place::new();
+    let tree = place.tree("vm");
+    let jailed = |attempt: &[&str]| {
+        let prisoner = Prisoner::jailed(&tree).after(own_network_with_taps).with("net", "new");
+        prisoner.attempt(attempt)
+    };
+    jailed(&["tap", "jail0"]).with("tap", "jail0").run().expect_through();
+    jailed(&["tap", "jail1"]).with("tap", "jail0").with("tap", "jail1").run().expect_through();
+    let ended = jailed(&["tap", "jail1"]).with("tap", "jail0").run();
+    ended.expect_refused();
+    assert!(ended.output.contains("there is no interface jail1"), "{ended:?}");
+    jailed(&["devices"]).run().expect_through();
+    jailed(&["devices"]).with("tap", "jail0").run().expect_refused();
+    // A filter leaves what is needed, as without a jail.
+    jailed(&["tap", "jail0"]).with("tap", "jail0").with("filter", "setup").run().expect_through();
+    Ok(())
+}
+
+/// Moves this process to a network namespace with taps `jail0` and `jail1`, that are root's.
+fn own_network_with_taps() -> io::Result<()> {
+    const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+    const TUNSETPERSIST: libc::c_ulong = 0x4004_54cb;
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET)?;
+    for name in [c"jail0", c"jail1"] {
+        // SAFETY: the path is a constant C string.
+        let tun = unsafe { libc::open(c"/dev/net/tun".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) };
+        check(tun)?;
+        // SAFETY: all zeroes are a valid value of this structure.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        for (to, from) in request.ifr_name.iter_mut().zip(name.to_bytes()) {
+            *to = *from as libc::c_char;
+        }
+        request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+        // SAFETY: the kernel reads and writes one ifreq, and takes a number; nobody else has the descriptor.
+        unsafe {
+            check(libc::ioctl(tun, TUNSETIFF, &raw mut request))?;
+            check(libc::ioctl(tun, TUNSETPERSIST, 1))?;
+            check(libc::close(tun))?;
+        }
+    }
     Ok(())
 }
 

@@ -91,24 +91,35 @@ struct Request {
     rest: [u8; 22],
 }
 
+/// Attaches to the interface `name`, which must exist in the network namespace of this process.
+pub fn attach(name: &str) -> Result<File, TapError> {
+    let mut request =
+        Request { name: [0; libc::IFNAMSIZ], flags: IFF_TAP | IFF_NO_PI | IFF_VNET_HDR, rest: [0; 22] };
+    // The last byte stays NUL.
+    let place = request.name.get_mut(..name.len()).filter(|p| p.len() < libc::IFNAMSIZ);
+    let place = place.ok_or_else(|| TapError::Missing(name.to_owned()))?;
+    place.copy_from_slice(name.as_bytes());
+    // SAFETY: the name is a NUL-terminated string that lives through the call.
+    if unsafe { libc::if_nametoindex(request.name.as_ptr().cast()) } == 0 {
+        return Err(TapError::Missing(name.to_owned()));
+    }
+    let file = jail::devices::tun().map_err(TapError::Driver)?;
+    // SAFETY: the request has the layout of `struct ifreq`, which TUNSETIFF reads and writes.
+    if unsafe { libc::ioctl(file.as_raw_fd(), TUNSETIFF, &raw mut request) } < 0 {
+        let source = io::Error::last_os_error();
+        return Err(TapError::Attach { name: name.to_owned(), source });
+    }
+    Ok(file)
+}
+
 impl Tap {
-    /// Attaches to the interface `name`, which must exist.
+    /// Attaches to the interface `name`, which must exist, unless the jail did so already.
     pub fn open(name: &str) -> Result<Self, TapError> {
-        let mut request =
-            Request { name: [0; libc::IFNAMSIZ], flags: IFF_TAP | IFF_NO_PI | IFF_VNET_HDR, rest: [0; 22] };
-        // The last byte stays NUL.
-        let place = request.name.get_mut(..name.len()).filter(|p| p.len() < libc::IFNAMSIZ);
-        let place = place.ok_or_else(|| TapError::Missing(name.to_owned()))?;
-        place.copy_from_slice(name.as_bytes());
-        // SAFETY: the name is a NUL-terminated string that lives through the call.
-        if unsafe { libc::if_nametoindex(request.name.as_ptr().cast()) } == 0 {
-            return Err(TapError::Missing(name.to_owned()));
-        }
-        let file = jail::devices::tun().map_err(TapError::Driver)?;
+        let file = match jail::devices::attached_tap(name) {
+            Some(attached) => attached.map_err(TapError::Driver)?,
+            None => attach(name)?,
+        };
         let tap = Self { file, stand_in: false };
-        // SAFETY: the request has the layout of `struct ifreq`, which TUNSETIFF reads and writes.
-        unsafe { tap.ioctl(TUNSETIFF, &mut request) }
-            .map_err(|source| TapError::Attach { name: name.to_owned(), source })?;
         let setup = |what| move |source| TapError::Setup { name: name.to_owned(), what, source };
         let mut size = HEADER_SIZE as libc::c_int;
         // SAFETY: TUNSETVNETHDRSZ reads an int.
