@@ -2,8 +2,11 @@
 
 pub mod cli;
 pub mod doctor;
+pub mod files;
+pub mod image;
 pub mod microvm;
 pub mod programs;
+pub mod volume;
 
 use std::path::PathBuf;
 
