@@ -7,6 +7,7 @@ pub mod image;
 pub mod microvm;
 pub mod programs;
 pub mod volume;
+pub mod store;
 
 use std::path::PathBuf;
 
