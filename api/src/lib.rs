@@ -5,9 +5,11 @@ pub mod doctor;
 pub mod files;
 pub mod image;
 pub mod microvm;
+pub mod model;
 pub mod programs;
-pub mod volume;
+pub mod records;
 pub mod store;
+pub mod volume;
 
 use std::path::PathBuf;
 

@@ -1,0 +1,64 @@
+//! What the host manager keeps and shows: plain data, as it is stored and as the API gives it.
+//!
+//! Names, states and their meanings are EC2's where EC2 has the thing. Types here know how to check
+//! themselves and nothing else: no store, no host, no HTTP. Within one major version of the API fields may
+//! be added, never renamed or given another meaning; a field added gets a default, since older records
+//! lack it.
+
+pub mod id;
+mod image;
+mod instance;
+mod instance_type;
+mod key_pair;
+mod name;
+mod network;
+mod security_group;
+
+pub use image::{Image, ImageState};
+pub use instance::{
+    BootReport, Check, Desired, Instance, InstanceState, Interface, ShutdownBehavior, StateReason,
+    StatusChecks, reason,
+};
+pub use instance_type::{INSTANCE_TYPES, InstanceType, Size};
+pub use key_pair::KeyPair;
+pub use name::{NameError, check_name, check_tags};
+pub use network::Network;
+pub use security_group::{Peer, Protocol, Rule, SecurityGroup};
+
+/// The kinds of things there are, as error messages and events call them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    Image,
+    Instance,
+    InstanceType,
+    KeyPair,
+    Network,
+    SecurityGroup,
+}
+
+impl Kind {
+    /// In the middle of a sentence.
+    pub fn noun(self) -> &'static str {
+        match self {
+            Kind::Image => "image",
+            Kind::Instance => "instance",
+            Kind::InstanceType => "instance type",
+            Kind::KeyPair => "key pair",
+            Kind::Network => "network",
+            Kind::SecurityGroup => "security group",
+        }
+    }
+
+    /// The command that lists them.
+    pub fn list_command(self) -> &'static str {
+        match self {
+            Kind::Image => "pulau image list",
+            Kind::Instance => "pulau instance list",
+            Kind::InstanceType => "pulau instance types",
+            Kind::KeyPair => "pulau key-pair list",
+            Kind::Network => "pulau network list",
+            Kind::SecurityGroup => "pulau security-group list",
+        }
+    }
+}
