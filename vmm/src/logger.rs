@@ -3,9 +3,14 @@
 //!
 //! A line looks as Firecracker's do, `2026-01-31T23:59:59.000000000 [id:thread:LEVEL:file:line] message`
 //! (level and origin where asked for), save that the time is UTC. Logging never waits and never fails;
-//! lines that could not be written are counted. A message a guest can cause over and over belongs behind
-//! a [`LogLimit`].
+//! lines that could not be written are counted.
+//!
+//! Guests cause messages as often as they like, and the libraries between them and the devices log too. So of
+//! warnings and errors each place in the program has ten in five seconds ([`LogLimit`]); the rest are counted,
+//! and the last line says so. Free of it are the answers to the API's clients, a line for each, and what is
+//! logged at the levels Debug and Trace, by which somebody asked for all there is.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::os::fd::AsRawFd as _;
@@ -13,7 +18,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use log::{LevelFilter, Log, Metadata, Record};
+use log::{Level, LevelFilter, Log, Metadata, Record};
 
 use crate::config::{DEFAULT_INSTANCE_ID, LogLevel, LoggerConfig};
 use crate::metrics::{METRICS, NonBlockingFile};
@@ -35,6 +40,23 @@ struct State {
     show_origin: bool,
     /// The line being made; kept for its memory.
     line: String,
+    /// By file and line of the message.
+    limits: BTreeMap<(Option<&'static str>, Option<u32>), LogLimit>,
+}
+
+/// What is logged for each of a client's requests.
+const UNLIMITED: &str = "pulau_vmm::api";
+
+impl State {
+    /// Whether this message is one too many, or the last that is not.
+    fn admit(&mut self, record: &Record<'_>) -> Admitted {
+        let free = record.module_path().is_some_and(|path| path.starts_with(UNLIMITED));
+        if free || record.level() > Level::Warn {
+            return Admitted::Yes;
+        }
+        let place = (record.file_static(), record.line());
+        self.limits.entry(place).or_insert(LogLimit::new()).admit()
+    }
 }
 
 struct Logger(Mutex<State>);
@@ -46,6 +68,7 @@ static LOGGER: Logger = Logger(Mutex::new(State {
     show_level: false,
     show_origin: false,
     line: String::new(),
+    limits: BTreeMap::new(),
 }));
 
 impl Logger {
@@ -104,10 +127,18 @@ impl Log for Logger {
         {
             return;
         }
+        let admitted = state.admit(record);
+        if admitted == Admitted::No {
+            return;
+        }
         let mut line = std::mem::take(&mut state.line);
         line.clear();
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         write_line(&mut line, &state, now, record);
+        if admitted == Admitted::Last {
+            line.truncate(line.trim_end().len());
+            line.push_str(" (for some seconds, more of these are not logged)\n");
+        }
         let written = match &mut state.file {
             Some(file) => file.write_line(line.as_bytes()),
             None => std::io::stderr().write_all(line.as_bytes()),
@@ -180,6 +211,15 @@ pub struct LogLimit {
     state: AtomicU64,
 }
 
+/// What a limit says of a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Admitted {
+    Yes,
+    /// Yes, but the next will not be.
+    Last,
+    No,
+}
+
 impl LogLimit {
     const MESSAGES: u64 = 10;
     const WINDOW: Duration = Duration::from_secs(5);
@@ -192,22 +232,30 @@ impl LogLimit {
 
     /// Whether one more message may be logged.
     pub fn allow(&self) -> bool {
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        let allowed = self.allow_at(now);
-        if !allowed {
-            METRICS.logger.rate_limited_log_count.inc();
-        }
-        allowed
+        self.admit() != Admitted::No
     }
 
-    fn allow_at(&self, now: Duration) -> bool {
+    fn admit(&self) -> Admitted {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let admitted = self.admit_at(now);
+        if admitted == Admitted::No {
+            METRICS.logger.rate_limited_log_count.inc();
+        }
+        admitted
+    }
+
+    fn admit_at(&self, now: Duration) -> Admitted {
         let window = (now.as_secs() / Self::WINDOW.as_secs()) << 32;
         let count = |state: u64| state & u64::from(u32::MAX);
         let update = |state: u64| {
             let state = if state & !u64::from(u32::MAX) == window { state } else { window };
             (count(state) < Self::MESSAGES).then_some(state + 1)
         };
-        self.state.fetch_update(Ordering::Relaxed, Ordering::Relaxed, update).is_ok()
+        match self.state.fetch_update(Ordering::Relaxed, Ordering::Relaxed, update) {
+            Ok(before) if before == window + Self::MESSAGES - 1 => Admitted::Last,
+            Ok(_) => Admitted::Yes,
+            Err(_) => Admitted::No,
+        }
     }
 }
 
@@ -236,7 +284,8 @@ mod tests {
     fn limit_opens_again_in_the_next_window() {
         let limit = LogLimit::new();
         let at = |seconds: u64| Duration::from_secs(1_700_000_000 + seconds);
-        let allowed = |from: u64, to: u64| (from..to).filter(|s| limit.allow_at(at(s / 100))).count();
+        let allowed =
+            |from: u64, to: u64| (from..to).filter(|s| limit.admit_at(at(s / 100)) != Admitted::No).count();
         assert_eq!(allowed(0, 100), 10);
         assert_eq!(allowed(100, 500), 0);
         assert_eq!(allowed(500, 600), 10);
@@ -277,9 +326,22 @@ mod tests {
         assert_eq!(log::max_level(), LevelFilter::Info);
         log("a::b", "three");
 
+        let before = METRICS.logger.rate_limited_log_count.total();
+        for i in 0..100 {
+            log("a::b::device", &format!("flood {i}"));
+            log("pulau_vmm::api::serve", "answer");
+        }
+        assert!(METRICS.logger.rate_limited_log_count.total() >= before + 70);
         let text = std::fs::read_to_string(&path).unwrap();
+        assert_eq!(text.matches("answer").count(), 0, "of another module");
+        let floods: Vec<&str> = text.lines().filter(|line| line.contains("flood")).collect();
+        // A window may end in between.
+        assert!((5..=20).contains(&floods.len()), "{floods:?}");
+        let last = floods.iter().filter(|l| l.ends_with("(for some seconds, more of these are not logged)"));
+        assert!((1..=2).contains(&last.count()), "{floods:?}");
         let thread = std::thread::current().name().unwrap().to_owned();
-        let lines: Vec<&str> = text.lines().map(|line| line.split_once(' ').unwrap().1).collect();
+        let text: Vec<&str> = text.lines().filter(|line| !line.contains("flood")).collect();
+        let lines: Vec<&str> = text.iter().map(|line| line.split_once(' ').unwrap().1).collect();
         assert_eq!(
             lines,
             [

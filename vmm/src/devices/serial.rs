@@ -34,6 +34,8 @@ pub const PORTS: u64 = 8;
 const BUFFER: usize = 64 << 10;
 /// Bytes per write: what a pipe takes without blocking once it is writable (`PIPE_BUF`).
 const CHUNK: usize = 4096;
+/// Writes before others in the event loop get their turn: a guest may print as fast as is written.
+const BUDGET: usize = 16;
 
 const TOKEN_OUTPUT: u32 = 0;
 const TOKEN_ROOM: u32 = 1;
@@ -279,10 +281,16 @@ impl Console {
 
     /// Moves output to the sink as far as it goes, and waits for the sink if there is more.
     fn pump_output(&mut self) {
+        let mut left = BUDGET;
         while !lock(&self.pending).bytes.is_empty() {
             if matches!(self.sink, Sink::Socket(_)) && self.client.is_none() {
                 return;
             }
+            if left == 0 {
+                let _ = self.ready.write(1);
+                return;
+            }
+            left -= 1;
             if !self.sink_writable() {
                 self.wait_for_sink(true);
                 return;

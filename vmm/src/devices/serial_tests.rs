@@ -147,3 +147,23 @@ fn the_sockets_file_goes_with_it() {
     drop(socket);
     assert!(!path.exists());
 }
+
+#[test]
+fn a_guest_that_never_stops_printing_leaves_others_their_turn() {
+    use std::time::Duration;
+    let output = File::options().write(true).open("/dev/null").unwrap();
+    let mut f = fixture(Sink::Files { output, input: None });
+    let port = SerialPort(f.port.0.clone());
+    let printing = std::thread::spawn(move || {
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_secs(2) {
+            print(&port, b"more and more");
+        }
+    });
+    let start = Instant::now();
+    for _ in 0..20 {
+        f.event_loop.run_once(1000).unwrap();
+    }
+    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+    printing.join().unwrap();
+}

@@ -15,7 +15,7 @@ use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
 use smoltcp::phy::{Checksum, ChecksumCapabilities, Device, DeviceCapabilities, Medium, RxToken, TxToken};
 use smoltcp::socket::tcp::{Socket, SocketBuffer, State};
 use smoltcp::time::Instant as StackInstant;
-use smoltcp::wire::{HardwareAddress, IpCidr};
+use smoltcp::wire::{HardwareAddress, IpCidr, Ipv4Packet};
 
 use super::{GUEST_LIMITS, Served, SharedMmds};
 use crate::event_loop::lock;
@@ -94,6 +94,11 @@ impl TxToken for ToGuest<'_> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
         let mut packet = vec![0; len];
         let result = f(&mut packet);
+        // Also what comes from no socket: the stack's own resets and errors.
+        if let Ok(mut header) = Ipv4Packet::new_checked(&mut packet) {
+            header.set_hop_limit(HOP_LIMIT);
+            header.fill_checksum();
+        }
         self.0.push_back(packet);
         result
     }
@@ -205,7 +210,6 @@ impl MmdsNetwork {
         }
         let buffer = |size: usize| SocketBuffer::new(vec![0; size]);
         let mut socket = Socket::new(buffer(RECEIVE_BUFFER), buffer(SEND_BUFFER));
-        socket.set_hop_limit(Some(HOP_LIMIT));
         socket.set_timeout(Some(TIMEOUT.into()));
         socket.set_ack_delay(None);
         socket.set_nagle_enabled(false);

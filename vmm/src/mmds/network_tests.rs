@@ -296,3 +296,13 @@ fn nothing_sent_to_it_does_harm() {
     network.reset();
     Client::connect(&mut network, 40_000, now);
 }
+
+#[test]
+fn resets_go_no_further_than_the_guest_either() {
+    let mut network = network(serde_json::json!({}));
+    let now = Instant::now();
+    let mut client = Client { port: 1, sequence: 1, acknowledged: 5 };
+    client.send(&mut network, ACK, b"no connection", now);
+    let answer = client.receive(&mut network, now).expect("an answer");
+    assert_eq!((answer.flags & RST, answer.ttl), (RST, HOP_LIMIT));
+}

@@ -37,6 +37,16 @@ pub enum BadChain {
     Direction,
 }
 
+/// Checks that `chain` has no more buffers than a list takes. No driver may make one longer than its queue
+/// (virtio 1.2, 2.7.5.3.1), and walking one of the 65,535 descriptors an indirect table has room for takes time.
+pub fn check_length<M>(chain: &DescriptorChain<M>) -> Result<(), BadChain>
+where
+    M: Deref + Clone,
+    M::Target: vm_memory::GuestMemory,
+{
+    if chain.clone().nth(MAX_PIECES).is_some() { Err(BadChain::TooManyPieces) } else { Ok(()) }
+}
+
 /// The driver does what no working driver does: nothing it says can be believed any more.
 #[derive(Debug, thiserror::Error)]
 pub enum BrokenDriver {
@@ -114,8 +124,13 @@ impl GuestBuffers {
     {
         self.compact();
         let (pieces, before) = (self.pieces.len(), self.len);
-        for descriptor in chain {
-            if let Err(e) = self.push_descriptor(descriptor, direction) {
+        for (count, descriptor) in chain.enumerate() {
+            // Also where the buffers are empty: a chain takes time to walk, whatever is in it.
+            let pushed = match count {
+                MAX_PIECES => Err(BadChain::TooManyPieces),
+                _ => self.push_descriptor(descriptor, direction),
+            };
+            if let Err(e) = pushed {
                 self.pieces.truncate(pieces);
                 self.len = before;
                 return Err(e);
@@ -363,6 +378,20 @@ mod tests {
             }
         }
         assert!(b.pieces.len() <= MAX_PIECES + 16);
+    }
+
+    #[test]
+    fn chains_of_empty_buffers_are_bounded_too() {
+        for (count, refused) in [(MAX_PIECES, false), (MAX_PIECES + 1, true)] {
+            let mut b = buffers();
+            let mut driver = crate::virtio::testing::Driver::new(&[16]);
+            b.memory = driver.memory.clone();
+            let mut queue = driver.activation(0).queues.remove(0);
+            driver.queues[0].offer_indirect(&vec![(0x1000, 0, true); count]);
+            let chain = virtio_queue::QueueOwnedT::iter(&mut queue, &*driver.memory).unwrap().next().unwrap();
+            assert_eq!(check_length(&chain).is_err(), refused);
+            assert_eq!(b.push_chain(chain, Direction::Write).is_err(), refused);
+        }
     }
 
     #[test]

@@ -19,6 +19,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_PMEM;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT, Writer};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::buffers::{BadChain, check_length};
 use super::disk::{Disk, DiskError};
 use super::{
     ActivateError, Activation, F_RING_EVENT_IDX, F_RING_INDIRECT_DESC, FIRST_DEVICE_TOKEN, Interrupt,
@@ -105,6 +106,8 @@ enum Broken {
     Ring(#[from] virtio_queue::Error),
     #[error("a chain without room for request or answer")]
     TooShort,
+    #[error("chain: {0}")]
+    Chain(#[from] BadChain),
 }
 
 impl Pmem {
@@ -238,6 +241,7 @@ fn parse<'a>(
     memory: &'a Memory,
     chain: DescriptorChain<&'a Memory>,
 ) -> Result<(u16, u32, Writer<'a>), Broken> {
+    check_length(&chain)?;
     let head = chain.head_index();
     let mut request = chain.clone().reader(memory)?;
     let answer = chain.writer(memory)?;

@@ -32,6 +32,7 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
 use self::hinting::Hinting;
+use super::buffers::{BadChain, check_length};
 use super::{ActivateError, Activation, FIRST_DEVICE_TOKEN, Interrupt, VirtioDevice, read_config_space};
 use crate::config::{BalloonConfig, BalloonHintingStatus, BalloonStats};
 use crate::event_loop::{EventSet, Events, Subscriber};
@@ -44,8 +45,8 @@ const WAKE: u32 = FIRST_DEVICE_TOKEN;
 /// New statistics are wanted.
 const TIMER: u32 = FIRST_DEVICE_TOKEN + 1;
 
-/// Chains of one queue before others have their turn.
-const BUDGET: usize = 64;
+/// Ranges and chains of one queue before others have their turn.
+const BUDGET: usize = 4096;
 /// Most pages one inflating chain may name: 256 MiB of them. Linux names 256 at a time.
 const MAX_FRAMES: usize = 65536;
 
@@ -122,6 +123,8 @@ struct Active {
     broken: bool,
     /// A range that could not be given back has been logged.
     complained: bool,
+    /// Ranges and chains dealt with in this turn.
+    work: usize,
     /// Space for page frame numbers.
     frames: Vec<u32>,
 }
@@ -132,6 +135,8 @@ enum Broken {
     Ring(#[from] virtio_queue::Error),
     #[error("chain: {0}")]
     Chain(#[from] io::Error),
+    #[error("chain: {0}")]
+    Long(#[from] BadChain),
     #[error("a chain of more than {MAX_FRAMES} pages")]
     TooManyFrames,
 }
@@ -247,7 +252,9 @@ impl Balloon {
     fn serve(&mut self, active: &mut Active, index: usize, role: Role) -> Result<(), Broken> {
         let memory = active.memory.clone();
         let mut answered = false;
-        for _ in 0..BUDGET {
+        active.work = 0;
+        while active.work < BUDGET {
+            active.work += 1;
             let queue = &mut active.queues[index].1;
             let Some(chain) = queue.iter(&*memory)?.next() else {
                 if queue.enable_notification(&*memory)? {
@@ -255,6 +262,7 @@ impl Balloon {
                 }
                 return active.notify(index, answered);
             };
+            check_length(&chain)?;
             let head = chain.head_index();
             match role {
                 Role::Inflate => self.inflate(active, chain)?,
@@ -357,6 +365,7 @@ impl Active {
 
     /// Gives a range back to the host; how much, or `None` if that failed.
     fn discard(&mut self, start: u64, len: u64) -> Option<u64> {
+        self.work += 1;
         match pages::discard(&self.memory, start, len) {
             Ok(freed) => Some(freed),
             Err(e) => {
@@ -458,6 +467,7 @@ impl VirtioDevice for Balloon {
             stats_chain: None,
             broken: false,
             complained: false,
+            work: 0,
             frames: Vec::new(),
         });
         self.start_timer();

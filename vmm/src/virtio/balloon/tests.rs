@@ -293,3 +293,35 @@ fn more_than_one_turn_is_done_in_turns_and_not_while_paused() {
     }
     assert_eq!(answered, 200);
 }
+
+#[test]
+fn much_is_done_in_turns() {
+    let (mut balloon, mut driver) = active(&everything());
+    // No two of them touch, and none is memory.
+    let frames: Vec<u32> = (0..2000).map(|i| 0x8000_0000 + 2 * i).collect();
+    driver.write(LIST, &frames.iter().flat_map(|f| f.to_le_bytes()).collect::<Vec<_>>());
+    for _ in 0..100 {
+        driver.queues[INFLATE].offer(&[(LIST, 8000, false)]);
+    }
+    kick(&mut balloon, INFLATE);
+    let mut turns = 1;
+    let mut answered = std::iter::from_fn(|| driver.queues[INFLATE].used_chain()).count();
+    assert_eq!(answered, BUDGET.div_ceil(2001));
+    while balloon.wake.read().is_ok() {
+        balloon.process(WAKE, EventSet::IN);
+        answered += std::iter::from_fn(|| driver.queues[INFLATE].used_chain()).count();
+        turns += 1;
+    }
+    assert_eq!(answered, 100);
+    assert!(turns > 30, "{turns}");
+}
+
+#[test]
+fn chains_without_end_stop_it() {
+    for (count, broken) in [(1024, false), (1025, true)] {
+        let (mut balloon, mut driver) = active(&everything());
+        driver.queues[4].offer_indirect(&vec![(FREE, 0, true); count]);
+        kick(&mut balloon, 4);
+        assert_eq!(driver.broken(), broken, "{count}");
+    }
+}

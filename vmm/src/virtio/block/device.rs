@@ -39,7 +39,7 @@ const QUEUE_SIZE: u16 = 256;
 const WAKE: u32 = FIRST_DEVICE_TOKEN;
 /// The rate limiter lets go.
 const LIMITER: u32 = FIRST_DEVICE_TOKEN + 1;
-/// Most bytes and requests done in one pass.
+/// Most bytes, or what is worth as much, and requests done in one pass.
 const PASS_BYTES: u64 = 8 << 20;
 const PASS_REQUESTS: u32 = 256;
 
@@ -312,7 +312,7 @@ impl Block {
                 active.spare.push(request.data);
                 return Ok(End::Waits);
             }
-            *bytes = bytes.saturating_add(request.bytes());
+            *bytes = bytes.saturating_add(request.cost());
             *requests += 1;
             self.start(active, request)?;
         }

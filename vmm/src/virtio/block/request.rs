@@ -19,6 +19,8 @@ pub const MAX_DESCRIPTORS: usize = 256;
 pub const MAX_DATA: usize = 32 << 20;
 /// Most sectors one request may discard or zero; told to the driver.
 pub const MAX_CLEAR_SECTORS: u32 = (1 << 30) / SECTOR as u32;
+/// A flush, or freeing a range, may take as long as moving this many bytes, and more.
+const CONTROL_COST: u64 = 1 << 20;
 /// Bytes of a serial number.
 pub const SERIAL_LEN: usize = VIRTIO_BLK_ID_BYTES as usize;
 
@@ -204,6 +206,14 @@ impl Request {
         match self.operation {
             Operation::Read | Operation::Write => self.data.len() as u64,
             _ => 0,
+        }
+    }
+
+    /// What doing this is worth in bytes moved, where a pass of the queue is not to become too long.
+    pub fn cost(&self) -> u64 {
+        match self.operation {
+            Operation::Flush | Operation::Clear(..) => CONTROL_COST,
+            _ => self.bytes(),
         }
     }
 

@@ -156,6 +156,12 @@ impl Muxer {
         self.slots.len() - self.free.len()
     }
 
+    /// Connections that stand in line for the guest's buffers, those that are over included.
+    #[cfg(test)]
+    pub fn waiting(&self) -> usize {
+        self.ready.len()
+    }
+
     /// Something happened on the descriptor with `token`.
     pub fn event(&mut self, token: u32, events: EventSet, now: Instant) {
         match token {
@@ -175,11 +181,8 @@ impl Muxer {
         }
     }
 
-    /// The slot `token` stands for, unless it has a new tenant since.
     fn find(&self, token: u32) -> Option<usize> {
-        let index = (token & SLOT_MASK) as usize;
-        let slot = self.slots.get(index)?;
-        (token == token_of(index, slot.generation) && !matches!(slot.entry, Entry::Free)).then_some(index)
+        find(&self.slots, token)
     }
 
     fn insert(&mut self, entry: Entry) -> Option<usize> {
@@ -394,7 +397,9 @@ impl Muxer {
         if connection.has_something() && !connection.queued {
             connection.queued = true;
             self.ready.push_back(token);
+            self.prune_ready();
         }
+        let Entry::Connection(connection) = &mut self.slots[index].entry else { return };
         let wanted = connection.wanted_events();
         if wanted != connection.interest {
             connection.interest = wanted;
@@ -407,6 +412,15 @@ impl Muxer {
         }
         if let Some(deadline) = connection.deadline {
             self.arm(deadline, Instant::now());
+        }
+    }
+
+    /// Forgets those in `ready` that are over. They would be passed over in time, but a guest that offers no
+    /// buffers could have them grow without end.
+    fn prune_ready(&mut self) {
+        if self.ready.len() > 2 * MAX_CONNECTIONS {
+            let slots = &self.slots;
+            self.ready.retain(|token| find(slots, *token).is_some());
         }
     }
 
@@ -487,6 +501,13 @@ impl Drop for Muxer {
             let _ = std::fs::remove_file(&self.path);
         }
     }
+}
+
+/// The slot `token` stands for, unless it has a new tenant since.
+fn find(slots: &[Slot], token: u32) -> Option<usize> {
+    let index = (token & SLOT_MASK) as usize;
+    let slot = slots.get(index)?;
+    (token == token_of(index, slot.generation) && !matches!(slot.entry, Entry::Free)).then_some(index)
 }
 
 fn token_of(index: usize, generation: u32) -> u32 {

@@ -833,3 +833,19 @@ fn descriptors_sent_by_a_client_do_not_stall_the_stream() {
     }
     assert_eq!(all, b"onetwosix");
 }
+
+#[test]
+fn connections_that_come_and_go_without_buffers_leave_nothing_behind() {
+    let mut guest = Guest::new();
+    let listener = UnixListener::bind(guest.dir.path().join("v.sock_52")).unwrap();
+    let header = from_guest(5000, 52);
+    for _ in 0..5000 {
+        guest.send(Header { op: op::REQUEST, ..header }, b"");
+        guest.send(Header { op: op::RST, ..header }, b"");
+        drop(listener.accept().unwrap());
+    }
+    assert_eq!(guest.connections(), 0);
+    assert!(lock(&guest.device).muxer.waiting() <= 2 * 1024);
+    guest.offer_rx(128);
+    guest.open_from_host();
+}

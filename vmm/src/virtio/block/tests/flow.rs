@@ -95,7 +95,8 @@ fn limits_hold_requests_back_in_order() {
         let mut sorted = heads.clone();
         sorted.sort_unstable();
         assert_eq!(answered, sorted);
-        assert!(lock(&rig.block).metrics().rate_limiter_throttled_events.total() >= 10);
+        // How often depends on how soon this thread is woken: several may have become due meanwhile.
+        assert!(lock(&rig.block).metrics().rate_limiter_throttled_events.total() >= 1);
     }
 }
 
@@ -177,5 +178,26 @@ fn reset_waits_for_what_is_in_flight() {
             lock(&rig.block).activate(activation).unwrap();
         }
         assert_eq!(rig.read(9, 512), (OK, bytes[9 * 512..10 * 512].to_vec()));
+    }
+}
+
+#[test]
+fn flushes_are_done_in_turns() {
+    for engine in engines() {
+        let (file, _) = noise_file(64);
+        let config = DriveConfig { cache_type: CacheType::Writeback, ..config(&file, engine) };
+        let mut rig = Rig::new(&config, 1 << VIRTIO_BLK_F_FLUSH);
+        rig.header(HEADER, VIRTIO_BLK_T_FLUSH, 0);
+        for _ in 0..100 {
+            rig.driver.queues[0].offer(&[(HEADER, 16, false), (STATUS, 1, true)]);
+        }
+        rig.kick();
+        let mut answered = 0;
+        rig.run_until(|rig| {
+            answered += std::iter::from_fn(|| rig.driver.queues[0].used_chain()).count();
+            answered == 100
+        });
+        assert_eq!(lock(&rig.block).metrics().flush_count.total(), 100);
+        assert!(lock(&rig.block).metrics().queue_event_count.total() > 10);
     }
 }
