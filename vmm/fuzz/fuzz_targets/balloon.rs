@@ -5,7 +5,7 @@
 use libfuzzer_sys::fuzz_target;
 use pulau_vmm::config::BalloonConfig;
 use pulau_vmm::virtio::balloon::Balloon;
-use pulau_vmm_fuzz::{Guest, Input};
+use pulau_vmm_fuzz::{Guest, Input, devices};
 
 fuzz_target!(|data: &[u8]| {
     let input = &mut Input(data);
@@ -18,7 +18,9 @@ fuzz_target!(|data: &[u8]| {
         free_page_reporting: flags & 8 != 0,
     };
     let mut balloon = Balloon::new(&config).expect("descriptors");
-    Guest::new(input, &mut balloon).run(input, &mut balloon, |balloon, input| match input.u8() % 4 {
+    let mut guest = Guest::new(input, &mut balloon);
+    guest.watch().allow_zeroing();
+    let other = |_: &mut Guest, balloon: &mut Balloon, input: &mut Input| match input.u8() % 4 {
         0 => balloon.set_target(input.u32()),
         1 => balloon.start_hinting(input.u8() & 1 != 0),
         2 => balloon.stop_hinting(),
@@ -26,5 +28,6 @@ fuzz_target!(|data: &[u8]| {
             let stats = balloon.stats();
             assert!(stats.target_mib <= stats.target_pages && stats.actual_mib <= stats.actual_pages);
         }
-    });
+    };
+    guest.run(input, &mut balloon, other, |guest, balloon| devices::balloon_works(guest, balloon));
 });

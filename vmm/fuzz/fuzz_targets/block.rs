@@ -12,14 +12,15 @@ use pulau_vmm::config::{
     CacheType, DriveConfig, DriveUpdate, IoEngine, RateLimiterConfig, TokenBucketConfig,
 };
 use pulau_vmm::virtio::block::Block;
-use pulau_vmm_fuzz::{Guest, Input};
+use pulau_vmm_fuzz::{Guest, Input, devices};
 use tempfile::NamedTempFile;
 
 const SECTORS: usize = 64;
 const SIZE: usize = SECTORS * 512;
 
 thread_local! {
-    static DISKS: RefCell<[NamedTempFile; 2]> = RefCell::new([disk(), disk()]);
+    /// Two for the guest, and one it never writes.
+    static DISKS: RefCell<[NamedTempFile; 3]> = RefCell::new([disk(), disk(), disk()]);
 }
 
 fn disk() -> NamedTempFile {
@@ -47,7 +48,7 @@ fuzz_target!(|data: &[u8]| {
     });
 });
 
-fn run(input: &mut Input, disks: &[NamedTempFile; 2]) {
+fn run(input: &mut Input, disks: &[NamedTempFile; 3]) {
     let flags = input.u8();
     let read_only = flags & 1 != 0;
     // A burst and next to nothing after it; the timer is a token like any other.
@@ -63,7 +64,8 @@ fn run(input: &mut Input, disks: &[NamedTempFile; 2]) {
         ..DriveConfig::default()
     };
     let mut block = Block::new(&config).expect("the drive is fine");
-    Guest::new(input, &mut block).run(input, &mut block, |block, input| {
+    let mut guest = Guest::new(input, &mut block);
+    let other = |_: &mut Guest, block: &mut Block, input: &mut Input| {
         let disk = &disks[usize::from(input.u8() % 2)];
         let update = DriveUpdate {
             drive_id: "fuzz".into(),
@@ -71,6 +73,14 @@ fn run(input: &mut Input, disks: &[NamedTempFile; 2]) {
             rate_limiter: None,
         };
         block.update(&update).expect("both files are fine");
+    };
+    guest.run(input, &mut block, other, |guest, block| {
+        let off = Some(TokenBucketConfig { size: 0, ..bucket });
+        let rate_limiter = Some(RateLimiterConfig { ops: off, bandwidth: off });
+        let path_on_host = Some(disks[2].path().to_owned());
+        let update = DriveUpdate { drive_id: "fuzz".into(), path_on_host, rate_limiter };
+        block.update(&update).expect("the file is fine");
+        devices::block_works(guest, block, 0x5a);
     });
     drop(block);
     if read_only {

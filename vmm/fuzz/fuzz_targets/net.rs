@@ -13,9 +13,10 @@ use pulau_vmm::config::{
     NetworkInterfaceConfig, NetworkInterfaceUpdate, RateLimiterConfig, TokenBucketConfig,
 };
 use pulau_vmm::mmds::{Mmds, MmdsNetwork};
+use pulau_vmm::virtio::VirtioDevice;
 use pulau_vmm::virtio::net::Net;
 use pulau_vmm::virtio::net::tap::Tap;
-use pulau_vmm_fuzz::{Guest, Host, Input};
+use pulau_vmm_fuzz::{Guest, Host, Input, devices};
 use std::os::fd::AsRawFd;
 
 fuzz_target!(|data: &[u8]| {
@@ -41,7 +42,8 @@ fuzz_target!(|data: &[u8]| {
     let mut net = Net::with_tap(&config, Tap::from_socket(tap), service).expect("descriptors");
     let mut host = Host::new(&mut net);
     let mut wire: Option<OwnedFd> = Some(ours);
-    Guest::new(input, &mut net).run(input, &mut net, |net, input| match (input.u8() % 8, &wire) {
+    let mut guest = Guest::new(input, &mut net);
+    let other = |_: &mut Guest, net: &mut Net, input: &mut Input| match (input.u8() % 8, &wire) {
         (0..=2, Some(wire)) => {
             let (count, repeat) = (input.u8(), input.u8());
             let frame = input.bytes(count.into()).repeat(1 + usize::from(repeat));
@@ -56,5 +58,28 @@ fuzz_target!(|data: &[u8]| {
         }
         (5, _) if input.u8() == 0 => wire = None,
         _ => host.turn(net),
+    };
+    guest.run(input, &mut net, other, |guest, net| {
+        let off = Some(TokenBucketConfig { size: 0, ..bucket });
+        let off = Some(RateLimiterConfig { ops: off, bandwidth: off });
+        net.update(&NetworkInterfaceUpdate {
+            iface_id: "fuzz".into(),
+            rx_rate_limiter: off,
+            tx_rate_limiter: off,
+        });
+        devices::net_works(guest, net, b"the last frame");
     });
+    // What is shorter than a header ends the tap.
+    let mut link = [0];
+    net.read_config(6, &mut link);
+    let Some(wire) = wire.filter(|_| link == [1]) else { return };
+    // Behind others, if there is room for it.
+    let mut last = Vec::new();
+    let mut frame = [0; 2048];
+    let mut frames = 0;
+    while let Ok(len) = recv(wire.as_raw_fd(), &mut frame, MsgFlags::empty()) {
+        last = frame[..len].to_vec();
+        frames += 1;
+    }
+    assert!(frames > 8 || last == [&[0; 12][..], b"the last frame"].concat(), "{last:?}");
 });

@@ -8,7 +8,7 @@ use std::cell::LazyCell;
 use libfuzzer_sys::fuzz_target;
 use pulau_vmm::config::PmemConfig;
 use pulau_vmm::virtio::pmem::Pmem;
-use pulau_vmm_fuzz::{Guest, Input};
+use pulau_vmm_fuzz::{Guest, Input, devices};
 use tempfile::NamedTempFile;
 
 thread_local! {
@@ -29,7 +29,12 @@ fuzz_target!(|data: &[u8]| {
             ..PmemConfig::default()
         };
         let mut pmem = Pmem::new(&config).expect("the file is fine");
-        Guest::new(input, &mut pmem).run(input, &mut pmem, |pmem, input| pmem.place(input.u64()));
+        Guest::new(input, &mut pmem).run(
+            input,
+            &mut pmem,
+            |_, pmem, input| pmem.place(input.u64()),
+            |guest, pmem| devices::pmem_works(guest, pmem),
+        );
         assert_eq!(file.as_file().metadata().expect("metadata").len(), 4096);
     });
 });

@@ -9,7 +9,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 
 use libfuzzer_sys::fuzz_target;
 use pulau_vmm::virtio::vsock::Vsock;
-use pulau_vmm_fuzz::{Guest, Host, Input};
+use pulau_vmm_fuzz::{Guest, Host, Input, devices};
 use tempfile::TempDir;
 
 /// Guests that mean this port of the host find somebody there.
@@ -31,12 +31,13 @@ fuzz_target!(|data: &[u8]| PLACE.with(|(dir, listener)| {
     let mut vsock = Vsock::new(3, &path).expect("the path is free");
     let mut host = Host::new(&mut vsock);
     let mut clients: Vec<UnixStream> = Vec::new();
-    let mut add = |clients: &mut Vec<UnixStream>, client: UnixStream| {
+    let add = |clients: &mut Vec<UnixStream>, client: UnixStream| {
         client.set_nonblocking(true).expect("non-blocking");
         clients.truncate(MAX_CLIENTS - 1);
         clients.push(client);
     };
-    Guest::new(input, &mut vsock).run(input, &mut vsock, |vsock, input| {
+    let mut guest = Guest::new(input, &mut vsock);
+    let other = |_: &mut Guest, vsock: &mut Vsock, input: &mut Input| {
         let opcode = input.u8();
         let index = usize::from(opcode >> 4);
         match (opcode % 16, clients.get_mut(index % MAX_CLIENTS)) {
@@ -66,6 +67,10 @@ fuzz_target!(|data: &[u8]| PLACE.with(|(dir, listener)| {
         }
         host.turn(vsock);
         assert!(vsock.connections() <= 1024);
+    };
+    guest.run(input, &mut vsock, other, |guest, vsock| {
+        assert_eq!(vsock.connections(), 0);
+        devices::vsock_works(guest, vsock);
     });
     assert_eq!(vsock.connections(), 0);
     // What nobody accepted.
