@@ -108,6 +108,8 @@ impl Guest {
                 self.step(opcode, input, device);
             }
         }
+        // What was offered and not notified yet may be seen now.
+        self.look();
         device.resume();
         device.reset();
         // What was notified before the reset may be seen after it.
