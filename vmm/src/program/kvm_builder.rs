@@ -84,6 +84,10 @@ impl MachineBuilder for KvmBuilder {
         let subscribers = self.event_loop.borrow().subscribers();
         match self.build(config) {
             Ok(machine) => {
+                // Its own from now on: before, what is at these paths may be somebody else's.
+                let console = config.serial.as_ref().and_then(|serial| serial.socket_path.as_deref());
+                let vsock = config.vsock.as_ref().map(|vsock| vsock.uds_path.as_path());
+                console.into_iter().chain(vsock).for_each(signals::remove_at_crash);
                 machine.run();
                 Ok(Box::new(machine))
             }
@@ -153,7 +157,6 @@ fn console(config: Option<&SerialConfig>) -> Result<Sink, StartFailure> {
     if let Some(path) = config.and_then(|config| config.socket_path.as_deref()) {
         let error = |error| StartFailure::SerialSocket { path: path.to_owned(), error };
         let socket = ConsoleSocket::bind(path).map_err(error)?;
-        signals::remove_at_crash(path);
         return Ok(Sink::Socket(socket));
     }
     let own = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned().map(File::from);
