@@ -5,12 +5,16 @@
 //! the images in `PULAU_TEST_*`. They need a KVM that can boot a kernel. Everything waits with a bound:
 //! [`PATIENCE`] is generous because the machine may itself be emulated.
 
+use std::net::{TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::time::Duration;
 
 pub mod api;
+pub mod child;
 pub mod footprint;
 pub mod guest;
+pub mod intruder;
+pub mod process;
 pub mod vmm;
 
 /// How long anything in a guest may take before a test gives up.
@@ -30,13 +34,37 @@ pub fn program(name: &str) -> PathBuf {
 }
 
 /// Waits until `condition` gives something, at most `patience`.
-pub fn wait_for<T>(what: &str, patience: Duration, mut condition: impl FnMut() -> Option<T>) -> T {
+#[track_caller]
+pub fn wait_for<T>(what: &str, patience: Duration, condition: impl FnMut() -> Option<T>) -> T {
+    give_up_on(patience, condition).unwrap_or_else(|| panic!("gave up waiting for {what} after {patience:?}"))
+}
+
+/// What `condition` gives, if it gives anything within `patience`.
+fn give_up_on<T>(patience: Duration, mut condition: impl FnMut() -> Option<T>) -> Option<T> {
     let deadline = std::time::Instant::now() + patience;
     loop {
         if let Some(value) = condition() {
-            return value;
+            return Some(value);
         }
-        assert!(std::time::Instant::now() < deadline, "gave up waiting for {what} after {patience:?}");
+        if std::time::Instant::now() >= deadline {
+            return None;
+        }
         std::thread::sleep(Duration::from_millis(10));
     }
+}
+
+/// Takes a connection, if one comes in time; whoever is at its other end has to keep it moving.
+#[track_caller]
+pub fn accept(listener: &TcpListener) -> TcpStream {
+    listener.set_nonblocking(true).expect("a listener");
+    let (stream, _) = wait_for("a connection", PATIENCE, || listener.accept().ok());
+    stream.set_nonblocking(false).expect("a connection");
+    bound(&stream);
+    stream
+}
+
+/// Lets no read or write on this connection wait for ever.
+pub fn bound(stream: &TcpStream) {
+    stream.set_read_timeout(Some(PATIENCE)).expect("a connection");
+    stream.set_write_timeout(Some(PATIENCE)).expect("a connection");
 }

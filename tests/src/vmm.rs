@@ -19,7 +19,6 @@ pub const BOOT_ARGS: &str = "console=ttyS0 reboot=k panic=1 quiet loglevel=4";
 pub struct Vmm {
     child: Child,
     dir: TempDir,
-    shown: bool,
 }
 
 impl Vmm {
@@ -53,7 +52,7 @@ impl Vmm {
             .stderr(output("vmm.log"))
             .spawn()
             .expect("pulau-vmm starts");
-        Self { child, dir, shown: false }
+        Self { child, dir }
     }
 
     /// The VMM's directory.
@@ -167,12 +166,14 @@ impl Vmm {
 
 impl Drop for Vmm {
     fn drop(&mut self) {
+        let failed = std::thread::panicking();
+        // Looked at while it is there: what a guest that hangs hangs in, is gone afterwards.
+        let doing = if failed { crate::process::describe(self.pid()) } else { String::new() };
         let _ = self.child.kill();
         let status = self.child.wait();
-        if std::thread::panicking() && !self.shown {
-            self.shown = true;
+        if failed {
             eprintln!(
-                "pulau-vmm ended with {status:?}\n--- log\n{}\n--- console\n{}",
+                "pulau-vmm ended with {status:?}; before that:\n{doing}--- log\n{}\n--- console\n{}",
                 self.log(),
                 self.console()
             );

@@ -204,6 +204,7 @@ fn only_the_host_may_ask() {
     });
     // No answer to a hello, not even an error: the end.
     let mut stream = std::os::unix::net::UnixStream::from(fd);
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
     let hello = br#"{"min_version":1,"max_version":1,"client":"test"}"#;
     let _ = pulau_agent_protocol::frame::write(&mut stream, pulau_agent_protocol::Kind::Hello, hello);
     let mut answer = Vec::new();

@@ -13,7 +13,7 @@ use std::thread;
 use nix::pty::{Winsize, openpty};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use pulau_tests::{PATIENCE, artifact, program, wait_for};
+use pulau_tests::{PATIENCE, artifact, child, program};
 
 /// A user with a data directory of its own and a microVM's name nobody else uses.
 struct User {
@@ -48,7 +48,8 @@ impl User {
     }
 
     fn run(&self, arguments: &[&str]) -> Output {
-        self.command(arguments).output().expect("pulau starts")
+        let mut command = self.command(arguments);
+        child::output(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("pulau starts"))
     }
 
     /// Starts a run and waits until its guest has printed a line.
@@ -56,9 +57,19 @@ impl User {
         let script = format!("echo running; {script}");
         let mut command = self.command(&["--", "sh", "-c", &script]);
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("pulau starts");
-        let mut line = [0; 8];
-        child.stdout.as_mut().expect("a pipe").read_exact(&mut line).expect("the guest's line");
-        assert_eq!(&line, b"running\n");
+        let mut stdout = child.stdout.take().expect("a pipe");
+        let (sender, line) = mpsc::channel();
+        thread::spawn(move || {
+            let mut line = [0; 8];
+            let read = stdout.read_exact(&mut line).map(|()| line);
+            let _ = sender.send((read, stdout));
+        });
+        let (line, stdout) = line.recv_timeout(2 * PATIENCE).expect("the guest's line in time");
+        child.stdout = Some(stdout);
+        match line {
+            Ok(line) => assert_eq!(&line, b"running\n"),
+            Err(_) => panic!("no line of the guest's: {:?}", child::output(child)),
+        }
         child
     }
 
@@ -119,7 +130,7 @@ fn standard_input_reaches_the_command_to_its_end() {
     let mut stdin = child.stdin.take().expect("a pipe");
     // More than any window on the way holds.
     let writer = thread::spawn(move || stdin.write_all(&vec![b'x'; 3 << 20]));
-    let output = child.wait_with_output().expect("the end");
+    let output = child::output(child);
     writer.join().expect("the writer").expect("all of it was taken");
     assert_eq!(text(&output.stdout).trim(), (3 << 20).to_string());
     assert!(output.status.success());
@@ -127,7 +138,7 @@ fn standard_input_reaches_the_command_to_its_end() {
     // Without a command, a shell reads it.
     let mut child = user.command(&[]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("pulau");
     child.stdin.take().expect("a pipe").write_all(b"echo a\nexit 4\n").expect("a script");
-    let output = child.wait_with_output().expect("the end");
+    let output = child::output(child);
     assert_eq!((text(&output.stdout).as_str(), output.status.code()), ("a\n", Some(4)));
     user.assert_clean();
 }
@@ -192,7 +203,7 @@ fn the_vmm_is_jailed_and_limited() {
     let members = fs::read_to_string(user.cgroup().join("cgroup.procs")).unwrap();
     assert_eq!(members.trim(), pid.to_string());
     signal(&child, Signal::SIGTERM);
-    child.wait_with_output().expect("the end");
+    child::output(child);
     user.assert_clean();
 }
 
@@ -202,7 +213,7 @@ fn a_signal_ends_it_in_good_order() {
         let user = User::new("signal");
         let child = user.start("sleep 600");
         signal(&child, number);
-        let output = child.wait_with_output().expect("the end");
+        let output = child::output(child);
         assert_eq!(output.status.code(), Some(code), "{}", text(&output.stderr));
         user.assert_clean();
     }
@@ -214,7 +225,7 @@ fn what_a_killed_run_leaves_the_next_one_removes() {
     let mut child = user.start("sleep 600");
     let vmm = user.vmm_pid();
     child.kill().expect("a kill");
-    child.wait().expect("the end");
+    child::end(&mut child);
     assert!(Path::new(&format!("/proc/{vmm}")).exists(), "the VMM runs on by itself");
     let output = user.run(&["--", "true"]);
     assert!(output.status.success(), "{}", text(&output.stderr));
@@ -251,7 +262,7 @@ fn a_vmm_that_is_killed_is_an_error_at_once() {
     let user = User::new("vmmdies");
     let child = user.start("sleep 600");
     kill(Pid::from_raw(user.vmm_pid()), Signal::SIGKILL).expect("a kill");
-    let output = child.wait_with_output().expect("the end");
+    let output = child::output(child);
     assert_eq!(output.status.code(), Some(125));
     assert!(text(&output.stderr).contains("killed by signal 9"), "{}", text(&output.stderr));
     user.assert_clean();
@@ -270,8 +281,11 @@ fn images_that_do_not_boot_are_named() {
             .arg(kernel)
             .arg("--rootfs")
             .arg(rootfs)
-            .output()
-            .expect("pulau starts");
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn();
+        let output = child::output(output.expect("pulau starts"));
         assert_eq!(output.status.code(), Some(125));
         user.assert_clean();
         text(&output.stderr)
@@ -370,7 +384,7 @@ fn on_a_terminal_it_is_a_shell_of_the_terminals_size() {
     terminal.type_in("echo $((50 + 5))\r");
     terminal.wait_for("55");
     terminal.type_in("exit 6\r");
-    assert_eq!(terminal.child.wait().expect("the end").code(), Some(6));
+    assert_eq!(child::end(&mut terminal.child).code(), Some(6));
     user.assert_clean();
 }
 
@@ -385,8 +399,7 @@ fn a_terminal_can_be_left_and_is_as_it_was() {
     terminal.wait_for("42");
     assert_ne!(modes(&terminal), before, "raw");
     terminal.type_in("\r~.");
-    let status = wait_for("the end", PATIENCE, || terminal.child.try_wait().expect("a status"));
-    assert_eq!(status.code(), Some(137));
+    assert_eq!(child::end(&mut terminal.child).code(), Some(137));
     assert_eq!(modes(&terminal), before);
     user.assert_clean();
 }
