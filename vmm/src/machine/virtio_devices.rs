@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use vm_memory::GuestMemoryBackend;
 
 use super::{BuildError, Placer, random};
-use crate::arch::layout;
+use crate::arch::{cpu, layout};
 use crate::config::VmConfig;
 use crate::event_loop::lock;
 use crate::mmds::MmdsNetwork;
@@ -30,6 +30,16 @@ pub enum DeviceError {
     /// See [`PmemError`].
     #[error(transparent)]
     Pmem(#[from] PmemError),
+    /// Persistent memory would end above what the guest's processor can address.
+    #[error("pmem: device {id}: path_on_host: {mib} MiB do not fit: the guest's addresses end at {limit:#x}")]
+    PmemTooLarge {
+        /// The device.
+        id: String,
+        /// Its size in MiB.
+        mib: u64,
+        /// The first address that is too high.
+        limit: u64,
+    },
     /// See [`NetError`].
     #[error(transparent)]
     Net(#[from] NetError),
@@ -99,15 +109,20 @@ pub(super) fn create(config: &VmConfig, placer: &mut Placer) -> Result<Devices, 
         devices.drives.push(device);
     }
     let mut address = placer.memory.last_addr().0.max(layout::HIGH_MEMORY_START);
+    let limit = cpu::physical_address_limit(placer.vm.cpuid());
     for pmem in &config.pmem {
         address = address.next_multiple_of(PMEM_SECTION);
         let mut device = Pmem::new(pmem).map_err(DeviceError::from)?;
         device.place(address);
         let mapping = device.mapping();
+        if address.checked_add(mapping.len()).is_none_or(|end| end > limit) {
+            let (id, mib) = (pmem.id.clone(), mapping.len() >> 20);
+            return Err(DeviceError::PmemTooLarge { id, mib, limit }.into());
+        }
         // SAFETY: `Devices` keeps the device, and with it the mapping, and `Machine` drops its vCPUs and
         // its VM before them.
         unsafe { placer.vm.add_slot(address, mapping.len(), mapping.address(), mapping.read_only()) }?;
-        address = address.saturating_add(mapping.len());
+        address += mapping.len();
         let device = Arc::new(Mutex::new(device));
         devices.add(placer, device.clone())?;
         devices.pmem.push(device);

@@ -199,6 +199,15 @@ impl Disk {
         self.file.sync_data()
     }
 
+    /// Gives the whole file its space, holes too. A file system or device that cannot stays as it is.
+    pub fn reserve(&self) -> io::Result<()> {
+        let size = libc::off_t::try_from(self.size).map_err(io::Error::other)?;
+        match fallocate(&self.file, FallocateFlags::empty(), 0, size) {
+            Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::ENODEV) => Ok(()),
+            other => Ok(other?),
+        }
+    }
+
     /// Frees a range. `EOPNOTSUPP` where the file system or the device cannot.
     pub fn clear(&self, range: Range, how: Clear) -> io::Result<()> {
         if how == Clear::Discard && self.is_device {

@@ -7,8 +7,10 @@
 //! memory itself.
 //!
 //! A flush is one `fdatasync` for all flushes asked for until then. What has been flushed is never lost.
-//! Where a file with holes meets a full disk, or the file is cut short, the guest's access has nowhere to
-//! go: KVM reports that and the microVM ends.
+//!
+//! A guest's access to memory cannot fail. So a file that it may write gets all its space on the disk before
+//! the guest runs: a hole that a full disk could not fill would leave the guest waiting for ever. The same
+//! happens where somebody cuts the file short.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -54,6 +56,9 @@ pub enum PmemError {
     /// Its file cannot be used.
     #[error("pmem: device {id}: path_on_host: {source}")]
     Disk { id: String, source: DiskError },
+    /// Its file has holes that the disk has no room for.
+    #[error("pmem: device {id}: path_on_host: cannot fill the holes of {}: {source}", path.display())]
+    Reserve { id: String, path: std::path::PathBuf, source: io::Error },
     /// Its file cannot be mapped.
     #[error("pmem: device {id}: path_on_host: cannot map {}: {source}", path.display())]
     Map { id: String, path: std::path::PathBuf, source: io::Error },
@@ -118,6 +123,13 @@ impl Pmem {
         let host = |what, source| PmemError::Host { id: id(), what, source };
         let disk = Disk::open(&config.path_on_host, config.read_only)
             .map_err(|source| PmemError::Disk { id: id(), source })?;
+        if !config.read_only {
+            disk.reserve().map_err(|source| PmemError::Reserve {
+                id: id(),
+                path: config.path_on_host.clone(),
+                source,
+            })?;
+        }
         let mapping = Mapping::new(disk.as_raw_fd(), disk.size(), config.read_only)
             .map_err(|source| PmemError::Map { id: id(), path: config.path_on_host.clone(), source })?;
         let limiter = RateLimiter::from_config(config.rate_limiter.as_ref()).map_err(|e| host("timer", e))?;

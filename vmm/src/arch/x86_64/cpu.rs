@@ -108,6 +108,13 @@ fn add_topology_leaf(cpuid: &mut CpuId, topology: Topology) {
     }
 }
 
+/// The first guest physical address that is too high for the guest's processor: CPUID leaf 0x8000_0008, or 36
+/// bits where that is missing.
+pub fn physical_address_limit(cpuid: &CpuId) -> u64 {
+    let leaf = cpuid.as_slice().iter().find(|e| e.function == 0x8000_0008);
+    1 << leaf.map_or(36, |e| (e.eax & 0xff).clamp(36, 52))
+}
+
 fn set(register: &mut u32, bit: u32, value: bool) {
     *register = *register & !(1 << bit) | u32::from(value) << bit;
 }
@@ -149,6 +156,15 @@ mod tests {
         assert_eq!(find(&cpuid, 0xb, 1).ebx, 6);
         assert_eq!(find(&cpuid, 0xb, 1).eax, 3);
         assert_eq!(find(&cpuid, 0xb, 0).edx, 3);
+    }
+
+    #[test]
+    fn addresses_end_where_the_processor_says() {
+        let mut cpuid = CpuId::from_entries(&[leaf(0x8000_0008, 0)]).unwrap();
+        assert_eq!(physical_address_limit(&cpuid), 1 << 52, "no processor has more");
+        cpuid.as_mut_slice()[0].eax = 0x3028;
+        assert_eq!(physical_address_limit(&cpuid), 1 << 40);
+        assert_eq!(physical_address_limit(&CpuId::from_entries(&[leaf(1, 0)]).unwrap()), 1 << 36);
     }
 
     #[test]

@@ -96,6 +96,18 @@ fn files_that_cannot_be_mapped_are_refused_by_name() {
 }
 
 #[test]
+fn what_may_be_written_has_its_space_on_the_disk() {
+    use std::os::unix::fs::MetadataExt;
+    let file = NamedTempFile::new().unwrap();
+    file.as_file().set_len(1 << 20).unwrap();
+    drop(Pmem::new(&config(&file, true)).unwrap());
+    assert_eq!(file.as_file().metadata().unwrap().blocks(), 0);
+    drop(Pmem::new(&config(&file, false)).unwrap());
+    assert!(file.as_file().metadata().unwrap().blocks() >= 2048);
+    assert_eq!(file.as_file().metadata().unwrap().len(), 1 << 20);
+}
+
+#[test]
 fn flushes_asked_for_together_are_one() {
     for read_only in [false, true] {
         let file = file(4096);
