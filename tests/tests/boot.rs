@@ -1,5 +1,9 @@
-//! Guests boot: each kernel, each root file system, several vCPUs, many at once.
+//! Guests boot: each kernel by each way in, each root file system, several vCPUs, many at once.
 
+use std::path::Path;
+use std::time::Instant;
+
+use pulau_agent_protocol::client::connect;
 use pulau_tests::vmm::{BOOT_ARGS, Vmm, drive};
 use pulau_tests::{PATIENCE, artifact, wait_for};
 use serde_json::json;
@@ -10,6 +14,52 @@ fn our_kernel_boots_the_minimal_root_file_system() {
     assert_eq!(vmm.agent().agent().version, 1);
     assert!(vmm.sh("uname -r").starts_with("6.12"));
     assert_eq!(vmm.sh("echo hello; touch /written && ls /written"), "hello\n/written\n");
+}
+
+/// Boots `kernel` and returns what the guest knows of how it was booted: the boot loader's type and the version
+/// of the boot protocol in the zero page (Documentation/arch/x86/boot.rst).
+fn boot_protocol(kernel: &Path) -> (String, String) {
+    let vmm = Vmm::start();
+    vmm.configure(1, 128, "");
+    let boot_args = format!("{BOOT_ARGS} pulau.overlay=tmpfs");
+    vmm.put("/boot-source", json!({"kernel_image_path": kernel, "boot_args": boot_args})).ok();
+    vmm.boot();
+    let read = |path: &str| vmm.sh(&format!("cat {path}")).trim().to_owned();
+    (read("/proc/sys/kernel/bootloader_type"), read("/sys/kernel/boot_params/version"))
+}
+
+/// The kernel's own PVH entry fills the zero page in and calls the boot loader 0xb0.
+#[test]
+fn an_elf_kernel_with_the_note_for_it_is_entered_by_pvh() {
+    assert_eq!(boot_protocol(&artifact("PULAU_TEST_KERNEL")).0, "176");
+}
+
+/// 0xff is an unknown boot loader: ours. It gives no version where the file has no setup header.
+#[test]
+fn an_elf_kernel_without_the_note_is_entered_by_the_64_bit_protocol() {
+    let dir = tempfile::tempdir().unwrap();
+    let kernel = dir.path().join("vmlinux");
+    let mut bytes = std::fs::read(artifact("PULAU_TEST_KERNEL")).unwrap();
+    // XEN_ELFNOTE_PHYS32_ENTRY: name of 4 bytes, address of 4 or 8 bytes, type 18. Make it a type there is not.
+    let mut found = 0;
+    for at in 0..bytes.len() - 16 {
+        let word = |i: usize| u32::from_le_bytes(bytes[at + i..at + i + 4].try_into().unwrap());
+        if &bytes[at + 12..at + 16] == b"Xen\0" && word(0) == 4 && [4, 8].contains(&word(4)) && word(8) == 18
+        {
+            bytes[at + 8..at + 12].copy_from_slice(&0xffffu32.to_le_bytes());
+            found += 1;
+        }
+    }
+    assert_eq!(found, 1);
+    std::fs::write(&kernel, bytes).unwrap();
+    assert_eq!(boot_protocol(&kernel), ("255".into(), "0x0000".into()));
+}
+
+#[test]
+fn a_bzimage_is_entered_by_the_64_bit_protocol_with_its_setup_header() {
+    let (loader, version) = boot_protocol(&artifact("PULAU_TEST_KERNEL_BZIMAGE"));
+    assert_eq!(loader, "255");
+    assert!(version.as_str() >= "0x020c", "{version}");
 }
 
 #[test]
@@ -25,6 +75,16 @@ fn vcpus_are_all_there_and_all_run() {
         assert_eq!(counts.len(), vcpus as usize, "{ticks}");
         assert!(counts.iter().all(|count| *count > 0), "{ticks}");
     }
+}
+
+#[test]
+fn as_many_vcpus_boot_as_there_can_be() {
+    let vmm = Vmm::start();
+    vmm.configure(32, 256, "");
+    vmm.boot();
+    // Starting each is little work; 32 of them on an emulated machine of two CPUs take their time.
+    connect(&vmm.path("vsock"), Instant::now() + PATIENCE * 4).unwrap();
+    assert_eq!(vmm.sh("nproc").trim(), "32");
 }
 
 #[test]
@@ -46,6 +106,65 @@ fn memory_is_what_was_asked_for() {
             vmm.sh("awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo").trim().parse().unwrap();
         assert!(total <= mib && total + 40 + mib / 16 > mib, "{total} MiB of {mib}");
     }
+}
+
+/// Sets the host's pool of 2 MiB pages, and puts it back when dropped.
+struct HugePages(String);
+
+const HUGE_PAGES: &str = "/proc/sys/vm/nr_hugepages";
+
+impl HugePages {
+    fn reserve(pages: u32) -> Self {
+        let before = std::fs::read_to_string(HUGE_PAGES).unwrap();
+        std::fs::write(HUGE_PAGES, pages.to_string()).expect("these tests run as root");
+        let reserved = std::fs::read_to_string(HUGE_PAGES).unwrap();
+        assert_eq!(reserved.trim(), pages.to_string(), "huge pages this host could reserve");
+        Self(before)
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        let _ = std::fs::write(HUGE_PAGES, self.0.trim());
+    }
+}
+
+#[test]
+fn memory_comes_from_the_pool_of_huge_pages() {
+    let _pool = HugePages::reserve(64);
+    let mut vmm = Vmm::start();
+    vmm.configure(1, 128, "");
+    vmm.put("/machine-config", json!({"vcpu_count": 1, "mem_size_mib": 128, "huge_pages": "2M"})).ok();
+    vmm.boot();
+    vmm.sh("dd if=/dev/zero of=/tmp/a bs=1M count=40 2>/dev/null && sha256sum /tmp/a");
+    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap();
+    let value = |name: &str| {
+        let line = meminfo.lines().find(|l| l.starts_with(name)).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse::<u32>().unwrap()
+    };
+    assert_eq!((value("HugePages_Rsvd:") + 64 - value("HugePages_Free:")), 64, "{meminfo}");
+    assert!(value("HugePages_Free:") < 44, "{meminfo}");
+
+    // A second one finds none left, and says so.
+    let second = Vmm::start();
+    second.configure(1, 128, "");
+    second.put("/machine-config", json!({"vcpu_count": 1, "mem_size_mib": 128, "huge_pages": "2M"})).ok();
+    second.put("/actions", json!({"action_type": "InstanceStart"})).refused(400, "nr_hugepages");
+    assert!(vmm.is_running());
+}
+
+/// Linux 6.12 has a driver for the device, and the identifier itself lies in memory that root may read.
+#[test]
+fn each_guest_sees_a_generation_identifier_of_its_own() {
+    let ids: Vec<String> = (0..2)
+        .map(|_| {
+            let vmm = Vmm::booted();
+            vmm.sh("test -e /sys/bus/platform/drivers/vmgenid/PULU0001:00");
+            vmm.sh("dd if=/dev/mem bs=16 skip=$((0xff000 / 16)) count=1 2>/dev/null | hexdump -v -e '/1 \"%02x\"'")
+        })
+        .collect();
+    assert_eq!(ids[0].len(), 32);
+    assert!(ids[0] != ids[1] && ids.iter().all(|id| id.bytes().any(|b| b != b'0')), "{ids:?}");
 }
 
 #[test]

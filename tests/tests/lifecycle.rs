@@ -92,6 +92,15 @@ fn a_guest_panic_ends_the_process_with_its_own_code_and_is_logged() {
 }
 
 #[test]
+fn sysrq_panics_and_resets_on_demand() {
+    for (key, code) in [('c', ExitCode::GuestPanic), ('b', ExitCode::GuestReboot)] {
+        let mut vmm = Vmm::booted();
+        vmm.sh_and_end(&format!("echo {key} > /proc/sysrq-trigger"));
+        vmm.exits_with(code as i32);
+    }
+}
+
+#[test]
 fn ctrl_alt_del_shuts_the_guest_down_in_order() {
     let mut vmm = Vmm::booted();
     vmm.sh("true");
