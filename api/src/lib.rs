@@ -6,6 +6,7 @@ pub mod files;
 pub mod image;
 pub mod microvm;
 pub mod model;
+pub mod network;
 pub mod programs;
 pub mod records;
 pub mod store;

@@ -15,6 +15,7 @@ pub mod footprint;
 pub mod guest;
 pub mod intruder;
 pub mod process;
+pub mod stand_in;
 pub mod vmm;
 
 /// How long anything in a guest may take before a test gives up.
