@@ -58,8 +58,12 @@ pub struct Options {
     pub start_time_cpu_us: Option<u64>,
     /// `--parent-cpu-time-us`: CPU time its parent used for it.
     pub parent_cpu_time_us: Option<u64>,
-    /// `--jail` and what belongs to it.
+    /// `--jail` and what belongs to it, the two files below too.
     pub jail: Option<JailConfig>,
+    /// `--pid-file` without a jail.
+    pub pid_file: Option<PathBuf>,
+    /// `--exit-file` without a jail.
+    pub exit_file: Option<PathBuf>,
 }
 
 /// What is wrong with the command line.
@@ -117,6 +121,7 @@ struct Raw {
     new_netns: Option<()>,
     taps: Vec<String>,
     pid_file: Option<PathBuf>,
+    exit_file: Option<PathBuf>,
 }
 
 /// Reads the arguments, without the program's name.
@@ -172,6 +177,7 @@ impl Raw {
             "new-net-ns" => once(&mut self.new_netns, "--new-net-ns", ()),
             "tap" => many(&mut self.taps, "--tap", parser),
             "pid-file" => path(&mut self.pid_file, "--pid-file", parser),
+            "exit-file" => path(&mut self.exit_file, "--exit-file", parser),
             "enable-pci" => once(&mut self.enable_pci, "--enable-pci", ()),
             "seccomp-filter" => Err(CliError::Unsupported { option: "--seccomp-filter" }),
             "snapshot-version" => Err(CliError::Unsupported { option: "--snapshot-version" }),
@@ -205,6 +211,10 @@ impl Raw {
             module: self.module.take(),
         };
         let payload_limit = self.payload_limit.unwrap_or(DEFAULT_PAYLOAD_LIMIT);
+        let (pid_file, exit_file) = match self.jail {
+            Some(_) => (None, None),
+            None => (self.pid_file.take(), self.exit_file.take()),
+        };
         Ok(Options {
             id,
             api_socket,
@@ -221,6 +231,8 @@ impl Raw {
             start_time_cpu_us: self.start_time_cpu_us,
             parent_cpu_time_us: self.parent_cpu_time_us,
             jail: self.jail()?,
+            pid_file,
+            exit_file,
         })
     }
 
@@ -235,7 +247,6 @@ impl Raw {
                 ("--netns", self.netns.is_some()),
                 ("--new-net-ns", self.new_netns.is_some()),
                 ("--tap", !self.taps.is_empty()),
-                ("--pid-file", self.pid_file.is_some()),
             ];
             return match options.into_iter().find(|(_, given)| *given) {
                 Some((option, _)) => Err(CliError::Needs { option, needed: "--jail" }),
@@ -268,6 +279,7 @@ impl Raw {
             taps: self.taps,
             resource_limits,
             pid_file: self.pid_file,
+            exit_file: self.exit_file,
             ..JailConfig::new(root, uid, gid)
         }))
     }
@@ -355,9 +367,14 @@ Log and metrics:
   --start-time-cpu-us N           its CPU time then
   --parent-cpu-time-us N          CPU time its parent used to start it
 
+Process:
+  --pid-file PATH                 write the process id to this file, with a jail that of the jailed process;
+                                  end if that cannot be done
+  --exit-file PATH                write the exit code to this file at the end, for whoever is not the parent
+
 Isolation:
   --jail DIR                      make DIR the root directory, in new namespaces; the other paths given
-                                  here are then inside, save those of this group
+                                  here are then inside, save those of this group and the one above
   --uid N, --gid N                user and group to run as in the jail
   --cgroup PATH                   cgroup v2 to run in, made if it does not exist
   --cgroup-limit FILE=VALUE       a limit of that cgroup, as memory.max=256M; may be repeated
@@ -366,7 +383,6 @@ Isolation:
   --new-net-ns                    a new network namespace with nothing in it
   --tap NAME                      attach this tap before leaving the namespace it is in; may be repeated, and
                                   is then the only way to have one
-  --pid-file PATH                 where to write the process id of the jailed process
   --no-seccomp                    no filters of system calls; not for use with guests that are not trusted
 
   -h, --help                      this text

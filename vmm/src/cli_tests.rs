@@ -49,6 +49,8 @@ fn every_option_is_read() {
         start_time_cpu_us: Some(2),
         parent_cpu_time_us: Some(3),
         jail: None,
+        pid_file: None,
+        exit_file: None,
     };
     assert_eq!(options, expected);
     assert_eq!(run("--http-api-max-payload-size 10").mmds_limit, 10);
@@ -59,7 +61,7 @@ fn every_option_is_read() {
 fn a_jail_is_read() {
     let options = run("--jail /j --uid 5 --gid 6 --cgroup /sys/fs/cgroup/a --cgroup-limit memory.max=1M \
         --cgroup-limit pids.max=5 --resource-limit no-file=64 --netns /run/netns/a --pid-file /p \
-        --tap a --tap b");
+        --exit-file /e --tap a --tap b");
     let expected = JailConfig {
         cgroup: Some(Cgroup {
             path: "/sys/fs/cgroup/a".into(),
@@ -69,9 +71,13 @@ fn a_jail_is_read() {
         taps: vec!["a".into(), "b".into()],
         resource_limits: vec!["no-file=64".parse().unwrap()],
         pid_file: Some("/p".into()),
+        exit_file: Some("/e".into()),
         ..JailConfig::new("/j", 5, 6)
     };
     assert_eq!(options.jail, Some(expected));
+    assert_eq!((options.pid_file, options.exit_file), (None, None));
+    let options = run("--pid-file /p --exit-file /e");
+    assert_eq!((options.pid_file, options.exit_file), (Some("/p".into()), Some("/e".into())));
     assert_eq!(run("--jail /j --uid 5 --gid 6").jail, Some(JailConfig::new("/j", 5, 6)));
     let new = run("--jail /j --uid 5 --gid 6 --new-net-ns").jail.unwrap();
     assert_eq!(new.network, Network::New);

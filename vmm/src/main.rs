@@ -10,7 +10,10 @@ fn main() -> ExitCode {
         Ok(Command::Help) => program::print(cli::HELP),
         Ok(Command::Version) => program::print(concat!("pulau-vmm ", env!("CARGO_PKG_VERSION"), "\n")),
         Ok(Command::Run(options)) => match program::run(*options) {
-            Ok(code) => return code.into(),
+            Ok(code) => {
+                exit::record(code);
+                return code.into();
+            }
             Err(error) => return fail(&error, error.exit_code()),
         },
         Err(error) => {
@@ -30,5 +33,6 @@ fn fail(error: &program::ProgramError, code: exit::ExitCode) -> ExitCode {
     if !pulau_vmm::logger::is_stderr() {
         log::error!("{error}");
     }
+    exit::record(code);
     code.into()
 }

@@ -24,7 +24,7 @@ use crate::cli::Options;
 use crate::config::{FullVmConfig, MetricsConfig};
 use crate::control::{ControlError, Controller};
 use crate::event_loop::{EventLoop, EventSet, OwnEvent};
-use crate::exit::ExitCode;
+use crate::exit::{self, ExitCode};
 use crate::jail::{self, JailError};
 use crate::logger::LoggerError;
 use crate::metrics::{METRICS, MetricsError};
@@ -79,8 +79,14 @@ fn host(what: &'static str) -> impl Fn(io::Error) -> ProgramError {
 
 /// Is a VMM until there is a reason to end.
 pub fn run(options: Options) -> Result<ExitCode, ProgramError> {
+    if let Some(path) = &options.exit_file {
+        exit::record_in(path).map_err(|source| JailError::ExitFile { path: path.clone(), source })?;
+    }
     if let Some(config) = &options.jail {
         jail::enter(config)?;
+    }
+    if let Some(path) = &options.pid_file {
+        jail::write_pid_file(path)?;
     }
     logger::init(&options.id);
     if let Some(config) = &options.logger {
@@ -115,6 +121,7 @@ fn install_panic_hook() {
         signals::clean_up_at_crash();
         default(info);
         metrics::flush_in_panic();
+        exit::record(ExitCode::Panicked);
         // SAFETY: ends the process without running anything of it.
         unsafe { libc::_exit(i32::from(ExitCode::Panicked.code())) }
     }));

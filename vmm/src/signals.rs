@@ -18,7 +18,7 @@ use nix::sys::signal::{self, SaFlags, SigAction, SigHandler, SigSet, SigmaskHow,
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::termios::{self, SetArg};
 
-use crate::exit::ExitCode;
+use crate::exit::{self, ExitCode};
 
 /// Signals that end the process at once, and its code then.
 const FATAL: [(Signal, ExitCode); 5] = [
@@ -176,6 +176,7 @@ extern "C" fn on_fatal(signal: libc::c_int, info: *mut libc::siginfo_t, context:
         libc::write(LOG.load(Ordering::Relaxed), message.bytes.as_ptr().cast(), message.len);
     }
     clean_up_at_crash();
+    exit::record(code);
     // SAFETY: ends the process without running anything of it.
     unsafe { libc::_exit(i32::from(code.code())) }
 }

@@ -317,3 +317,44 @@ fn hostile_clients_shut_nobody_out() {
     let kib: u64 = resident.trim().strip_suffix(" kB").unwrap().parse().unwrap();
     assert!(kib < 32 << 10, "{kib} KiB resident");
 }
+
+#[test]
+fn the_exit_file_tells_how_it_ended_and_the_pid_file_who_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let (exit, pid) = (path("exit"), path("pid"));
+    let read = |path: &str| std::fs::read_to_string(path).unwrap();
+    let files = ["--exit-file", &exit, "--pid-file", &pid];
+    for (signal, line) in [
+        (Signal::SIGTERM, "000\n"),
+        (Signal::SIGHUP, "156\n"),
+        (Signal::SIGSEGV, "150\n"),
+        (Signal::SIGKILL, ""),
+    ] {
+        let vmm = Vmm::start(&files);
+        assert_eq!(read(&exit), "");
+        assert_eq!(read(&pid).trim(), vmm.child.id().to_string());
+        vmm.signal(signal);
+        assert_eq!(read(&exit), line, "{signal}");
+    }
+    // Whoever has given up on this process has put a directory there.
+    std::fs::remove_file(&pid).unwrap();
+    std::fs::create_dir(&pid).unwrap();
+    let socket = path("api");
+    let (code, _, err) = ends(&[&files[..], &["--api-sock", &socket]].concat());
+    assert_eq!(code, 1);
+    assert!(err.contains("pid file"), "{err}");
+    assert!(!Path::new(&socket).exists() && !Path::new(&path("pid.new")).exists());
+    assert_eq!(read(&exit), "001\n");
+}
+
+#[test]
+fn metrics_can_be_asked_for() {
+    let vmm = Vmm::start(&[]);
+    vmm.ask("GET", "/version", "");
+    let (status, body) = vmm.ask("GET", "/metrics", "");
+    assert_eq!(status, 200);
+    let metrics: serde_json::Value = serde_json::from_str(&body).unwrap();
+    assert_eq!(metrics["get_api_requests"]["vmm_version_count"], 1);
+    assert_eq!(vmm.ask("GET", "/metrics", "").0, 200);
+}

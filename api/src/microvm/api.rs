@@ -64,6 +64,11 @@ impl Api {
         Ok(Api { sender, limit })
     }
 
+    /// From now on, each request may take `limit`.
+    pub fn set_limit(&mut self, limit: Duration) {
+        self.limit = limit;
+    }
+
     /// Sets or does something: `PUT path`.
     pub async fn put(&mut self, path: &str, body: &impl Serialize) -> Result<(), ApiError> {
         self.send(Method::PUT, path, Some(body)).await.map(drop)

@@ -40,6 +40,10 @@ pub enum Reason {
     TripleFault,
     /// We killed the VMM, as asked to.
     Killed,
+    /// It had been left by another, and its VMM did not answer when it was to be taken over, so it was killed.
+    Unmanageable(ApiError),
+    /// It did not end: it was let go, and runs on.
+    Detached,
     /// The VMM ended by itself in another way.
     VmmFailed(Exit),
 }
@@ -64,6 +68,8 @@ pub enum StartError {
     Api(#[from] ApiError),
     #[error("stopped before it had started")]
     Abandoned,
+    #[error("whoever started it died before it had started")]
+    Interrupted,
 }
 
 impl Reason {
@@ -107,6 +113,8 @@ impl fmt::Display for Reason {
             Reason::Panicked => f.write_str("the guest's kernel panicked"),
             Reason::TripleFault => f.write_str("the guest's processor triple-faulted"),
             Reason::Killed => f.write_str("it was killed as requested"),
+            Reason::Unmanageable(error) => write!(f, "it could not be taken over and was killed: {error}"),
+            Reason::Detached => f.write_str("it was let go and runs on"),
             Reason::VmmFailed(exit) => write!(f, "the VMM ended unexpectedly ({exit})"),
         }
     }
@@ -129,7 +137,7 @@ impl fmt::Display for Exit {
                 Ok(signal) => write!(f, "killed by signal {number}, {signal}"),
                 Err(_) => write!(f, "killed by signal {number}"),
             },
-            Exit::Unknown => f.write_str("exit code unknown"),
+            Exit::Unknown => f.write_str("without saying why: it was killed, or the host went down"),
         }
     }
 }

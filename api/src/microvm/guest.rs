@@ -1,10 +1,12 @@
-//! Reaching the agent in a guest.
+//! Reaching into a guest: its agent and its console.
 //!
 //! The agent's client blocks, so each call here runs on a thread of the runtime's blocking pool, with a
 //! bound in time of its own: a guest may do anything, also nothing.
 
+use std::fmt;
+use std::io;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,8 +15,8 @@ use pulau_agent_protocol::client::{ClientError, Connection, dial};
 use pulau_agent_protocol::message::{Shutdown, ShutdownAction};
 use tokio::time::sleep;
 
-use super::driver::MicroVm;
 use super::ending::Ending;
+use super::handle::MicroVm;
 use super::socket::PinnedSocket;
 
 /// A connection to a guest's agent.
@@ -35,8 +37,45 @@ pub enum GuestError {
     TimedOut { limit: Duration, last: String },
     #[error("the microVM has no vsock device, so its agent cannot be reached")]
     NoVsock,
+    #[error("cannot attach to the microVM's console: {0}")]
+    Console(#[source] io::Error),
     #[error(transparent)]
     Client(#[from] ClientError),
+}
+
+/// The way into a guest. The methods may block, bounded.
+pub(super) trait Reach: fmt::Debug + Send + Sync {
+    /// Whether there can be an agent at all.
+    fn has_agent(&self) -> bool;
+    /// One try to connect to the agent.
+    fn agent(&self, deadline: Instant) -> Result<UnixStream, String>;
+    /// Attaches to the console.
+    fn console(&self) -> io::Result<UnixStream>;
+}
+
+/// The sockets of a VMM.
+#[derive(Debug)]
+pub(super) struct Sockets {
+    pub vsock: Option<PathBuf>,
+    pub console: Option<PathBuf>,
+}
+
+impl Reach for Sockets {
+    fn has_agent(&self) -> bool {
+        self.vsock.is_some()
+    }
+
+    fn agent(&self, deadline: Instant) -> Result<UnixStream, String> {
+        let vsock = self.vsock.as_deref().ok_or("the microVM has no vsock device")?;
+        let socket = PinnedSocket::open(vsock).map_err(|e| format!("{}: {e}", vsock.display()))?;
+        dial(&socket.path(), AGENT_PORT, deadline).map_err(|e| e.to_string())
+    }
+
+    fn console(&self) -> io::Result<UnixStream> {
+        let none = || io::Error::new(io::ErrorKind::NotFound, "the microVM was started without this");
+        let socket = PinnedSocket::open(self.console.as_deref().ok_or_else(none)?)?;
+        UnixStream::connect(socket.path())
+    }
 }
 
 impl MicroVm {
@@ -46,13 +85,16 @@ impl MicroVm {
     ///
     /// The microVM ended meanwhile, or the agent did not answer in time.
     pub async fn agent(&self, limit: Duration) -> Result<Agent, GuestError> {
-        let deadline = Instant::now() + limit;
+        // By the runtime's clock, which tests can move.
+        let deadline = tokio::time::Instant::now() + limit;
         self.started().await.map_err(GuestError::Ended)?;
-        let vsock = self.facts().lock().vsock.clone().ok_or(GuestError::NoVsock)?;
+        let reach = self.facts().lock().reach.clone().filter(|reach| reach.has_agent());
+        let reach = reach.ok_or(GuestError::NoVsock)?;
         loop {
             let connecting = blocking({
-                let vsock = vsock.clone();
-                move || connect(&vsock, deadline)
+                let reach = reach.clone();
+                let deadline = deadline.into_std();
+                move || connect(reach.as_ref(), deadline)
             });
             let error = tokio::select! {
                 ending = self.ended() => return Err(GuestError::Ended(ending)),
@@ -64,11 +106,29 @@ impl MicroVm {
                     Err(error) => error,
                 },
             };
-            if Instant::now() >= deadline {
+            if tokio::time::Instant::now() >= deadline {
                 return Err(GuestError::TimedOut { limit, last: error });
             }
             sleep(PAUSE).await;
         }
+    }
+
+    /// Attaches to the guest's serial console, to read and to type. First comes what the guest wrote last and
+    /// nobody attached has seen. One client at a time: another one's connection ends at once. The console's log
+    /// is written all the same.
+    ///
+    /// # Errors
+    ///
+    /// It is not running, or its console is not attachable ([`super::Console`]).
+    pub async fn attach_console(&self) -> Result<tokio::net::UnixStream, GuestError> {
+        self.started().await.map_err(GuestError::Ended)?;
+        let reach = self.facts().lock().reach.clone().ok_or(GuestError::NoVsock)?;
+        let attach = async {
+            let stream = tokio::task::spawn_blocking(move || reach.console()).await??;
+            stream.set_nonblocking(true)?;
+            tokio::net::UnixStream::from_std(stream)
+        };
+        attach.await.map_err(GuestError::Console)
     }
 
     fn note_agent(&self) {
@@ -78,23 +138,26 @@ impl MicroVm {
     }
 }
 
-/// Asks the guest to power itself off. Returns whether it agreed.
-pub(super) async fn power_off(vsock: Option<PathBuf>, deadline: Instant) -> bool {
-    let Some(vsock) = vsock else { return false };
+/// Asks the guest to end itself. Returns whether it agreed.
+pub(super) async fn shut_down(
+    reach: Option<Arc<dyn Reach>>,
+    action: ShutdownAction,
+    deadline: Instant,
+) -> bool {
+    let Some(reach) = reach.filter(|reach| reach.has_agent()) else { return false };
     let until = deadline.min(Instant::now() + ASK_WITHIN);
     let ask = move || {
-        let mut agent = connect(&vsock, until)?;
+        let mut agent = connect(reach.as_ref(), until)?;
         let grace = deadline.saturating_duration_since(Instant::now()) / 2;
         let grace_ms = u32::try_from(grace.as_millis()).ok();
-        agent.shutdown(Shutdown { action: ShutdownAction::PowerOff, grace_ms }).map_err(|e| e.to_string())
+        agent.shutdown(Shutdown { action, grace_ms }).map_err(|e| e.to_string())
     };
     blocking(ask).await.is_ok()
 }
 
 /// One try to connect and exchange the hello. The connection keeps the deadline.
-fn connect(vsock: &Path, deadline: Instant) -> Result<Agent, String> {
-    let socket = PinnedSocket::open(vsock).map_err(|e| format!("{}: {e}", vsock.display()))?;
-    let stream = dial(&socket.path(), AGENT_PORT, deadline).map_err(|e| e.to_string())?;
+fn connect(reach: &dyn Reach, deadline: Instant) -> Result<Agent, String> {
+    let stream = reach.agent(deadline)?;
     Connection::new(stream, Some(deadline)).map_err(|e| e.to_string())
 }
 

@@ -162,7 +162,6 @@ impl<'a> Jail<'a> {
         }
         command.arg("--jail").arg(self.home.root());
         command.args(["--uid", &user.to_string(), "--gid", &user.to_string()]);
-        command.arg("--pid-file").arg(self.home.pid_file());
         match &jail.network {
             Network::None => {
                 command.arg("--new-net-ns");

@@ -16,13 +16,16 @@ use tokio::io::unix::AsyncFd;
 pub enum Exit {
     Code(i32),
     Signal(i32),
-    /// It ended, but was not our child, so the kernel does not say how.
+    /// It ended, but was not our child, so the kernel does not say how; nor did it itself.
     Unknown,
 }
 
 /// A process, by a descriptor: signals and waits reach it or nothing, never another of the same number.
 #[derive(Debug)]
-pub struct PidFd(OwnedFd);
+pub struct PidFd {
+    fd: OwnedFd,
+    pid: i32,
+}
 
 impl PidFd {
     /// Holds the process that has the number `pid` now. For a child not yet waited for, it cannot be another.
@@ -35,7 +38,12 @@ impl PidFd {
         let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
         let fd = i32::try_from(Errno::result(fd)?).map_err(|_| io::ErrorKind::InvalidData)?;
         // SAFETY: a fresh descriptor that nobody else owns.
-        Ok(PidFd(unsafe { OwnedFd::from_raw_fd(fd) }))
+        Ok(PidFd { fd: unsafe { OwnedFd::from_raw_fd(fd) }, pid })
+    }
+
+    /// The number it has or had.
+    pub fn pid(&self) -> i32 {
+        self.pid
     }
 
     /// Sends a signal. A process that has ended already is not an error.
@@ -43,7 +51,7 @@ impl PidFd {
         let no_information = std::ptr::null::<libc::siginfo_t>();
         // SAFETY: the descriptor is a pidfd; no siginfo is given.
         let result = unsafe {
-            libc::syscall(libc::SYS_pidfd_send_signal, self.0.as_raw_fd(), signal as i32, no_information, 0)
+            libc::syscall(libc::SYS_pidfd_send_signal, self.fd.as_raw_fd(), signal as i32, no_information, 0)
         };
         match Errno::result(result) {
             Ok(_) | Err(Errno::ESRCH) => Ok(()),
@@ -53,7 +61,7 @@ impl PidFd {
 
     /// Blocks until the process has ended, at most for `limit`. Returns whether it has. Does not reap it.
     pub fn wait(&self, limit: Duration) -> io::Result<bool> {
-        let mut poll = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+        let mut poll = [PollFd::new(self.fd.as_fd(), PollFlags::POLLIN)];
         let limit = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);
         Ok(nix::poll::poll(&mut poll, limit)? > 0)
     }
@@ -61,7 +69,7 @@ impl PidFd {
 
 impl AsRawFd for PidFd {
     fn as_raw_fd(&self) -> RawFd {
-        self.0.as_raw_fd()
+        self.fd.as_raw_fd()
     }
 }
 
@@ -75,7 +83,11 @@ pub struct Process {
 impl Process {
     /// As [`PidFd::open`]. Must be called in a tokio runtime.
     pub fn open(pid: i32) -> io::Result<Self> {
-        let pidfd = PidFd::open(pid)?;
+        Self::of(PidFd::open(pid)?)
+    }
+
+    /// Of a process held already. Must be called in a tokio runtime.
+    pub fn of(pidfd: PidFd) -> io::Result<Self> {
         // SAFETY: a PidFd owns its descriptor and never replaces it.
         let fd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?;
         Ok(Process { fd, exit: None })
@@ -88,7 +100,7 @@ impl Process {
         }
         // The only error is that of a runtime shutting down, where nothing can be waited for any more.
         let _ = self.fd.readable().await;
-        let id = Id::PIDFd(self.fd.get_ref().0.as_fd());
+        let id = Id::PIDFd(self.fd.get_ref().fd.as_fd());
         let exit = match waitid(id, WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG) {
             Ok(WaitStatus::Exited(_, code)) => Exit::Code(code),
             Ok(WaitStatus::Signaled(_, signal, _)) => Exit::Signal(signal as i32),
@@ -96,6 +108,16 @@ impl Process {
         };
         self.exit = Some(exit);
         exit
+    }
+
+    /// As [`PidFd::pid`].
+    pub fn pid(&self) -> i32 {
+        self.fd.get_ref().pid()
+    }
+
+    /// As [`PidFd::wait`], without waiting.
+    pub fn has_ended(&self) -> bool {
+        self.exit.is_some() || self.fd.get_ref().wait(Duration::ZERO).unwrap_or(false)
     }
 
     /// As [`PidFd::signal`].

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use pulau_vmm::config::{ConfigError, VmConfig, check_instance_id};
 
+use super::console::ConsoleLog;
 use super::jail::JailSpec;
 
 /// What is the same for every microVM of this host.
@@ -18,7 +19,7 @@ pub struct Host {
 }
 
 /// One microVM. Paths in it are the host's; the driver puts files into the jail and rewrites them.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Spec {
     /// 1 to 64 letters, digits and hyphens; unique among the microVMs of one `run_dir`.
     pub id: String,
@@ -28,6 +29,17 @@ pub struct Spec {
     pub jail: Option<JailSpec>,
     /// Whether the VMM logs when the guest's init writes to the boot timer.
     pub boot_timer: bool,
+    /// What becomes of the guest's serial console.
+    pub console: Console,
+}
+
+/// What becomes of a guest's serial console. How fast it may write is the VMM's `serial` rate limiter's.
+#[derive(Clone, Debug, Default)]
+pub struct Console {
+    /// A file outside to which it is appended; None keeps it as long as the microVM.
+    pub log: Option<ConsoleLog>,
+    /// Whether one client at a time may attach to it, see [`super::MicroVm::attach_console`].
+    pub attachable: bool,
 }
 
 /// Something in a [`Spec`] cannot be meant.

@@ -39,6 +39,7 @@ pub enum Action {
     SetLogger(LoggerConfig),
     SetMetrics(MetricsConfig),
     FlushMetrics,
+    GetMetrics,
     GetMmds,
     PutMmds(serde_json::Value),
     PatchMmds(serde_json::Value),
@@ -67,4 +68,6 @@ pub enum Answer {
     BalloonHinting(BalloonHintingStatus),
     /// The metadata, as JSON text.
     Mmds(String),
+    /// The metrics, as JSON text.
+    Metrics(String),
 }

@@ -81,6 +81,7 @@ fn get(segments: [&str; 2], third: &str) -> Option<Action> {
         (["vm", "config"], "") => Action::GetFullConfig,
         (["machine-config", ""], "") => Action::GetMachineConfig,
         (["mmds", ""], "") => Action::GetMmds,
+        (["metrics", ""], "") => Action::GetMetrics,
         (["balloon", ""], "") => Action::GetBalloon,
         (["balloon", "statistics"], "") => Action::GetBalloonStats,
         (["balloon", "hinting"], "status") => Action::GetBalloonHinting,
@@ -237,7 +238,7 @@ pub fn respond(result: &Result<Answer, ControlError>) -> Response {
         Ok(Answer::Balloon(config)) => ok(to_json(config)),
         Ok(Answer::BalloonStats(stats)) => ok(to_json(stats)),
         Ok(Answer::BalloonHinting(status)) => ok(to_json(status)),
-        Ok(Answer::Mmds(text)) => ok(text.clone()),
+        Ok(Answer::Mmds(text) | Answer::Metrics(text)) => ok(text.clone()),
         Err(error) => {
             let too_large = matches!(error, ControlError::MmdsTooLarge(_));
             fault(if too_large { Status::PayloadTooLarge } else { Status::BadRequest }, error)

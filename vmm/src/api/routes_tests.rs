@@ -53,7 +53,8 @@ const PATCHES: [(&str, &str); 10] = [
     ("/mmds", r#"{"a":null}"#),
 ];
 
-const GETS: [(&str, Action); 9] = [
+const GETS: [(&str, Action); 10] = [
+    ("/metrics", Action::GetMetrics),
     ("/", Action::GetInstanceInfo),
     ("/version", Action::GetVersion),
     ("/vm/config", Action::GetFullConfig),

@@ -112,9 +112,6 @@ pub enum ConfigError {
     #[error("unknown field `{name}`")]
     UnknownField { name: String },
 
-    #[error("serial: serial_out_path and socket_path exclude each other")]
-    SerialTwoSinks,
-
     #[error("cpu-config: {problem}")]
     Cpu { problem: String },
 

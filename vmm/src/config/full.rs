@@ -92,7 +92,7 @@ impl TryFrom<FullVmConfig> for VmConfig {
             config.set_mmds(mmds)?;
         }
         if let Some(serial) = full.serial {
-            config.set_serial(serial)?;
+            config.set_serial(serial);
         }
         Ok(config)
     }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{ConfigError, TokenBucketConfig};
+use super::TokenBucketConfig;
 
 /// Where the guest's serial console goes.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -14,18 +14,8 @@ pub struct SerialConfig {
     pub serial_out_path: Option<PathBuf>,
     /// Limit on the output in bytes; what exceeds it is dropped and counted.
     pub rate_limiter: Option<TokenBucketConfig>,
-    /// Unix socket the VMM makes, to which a client attaches to read and write, one at a time. Not in
-    /// Firecracker; excludes `serial_out_path`.
+    /// Unix socket the VMM makes, to which a client attaches to read and write, one at a time; the output is
+    /// written to the file all the same. Not in Firecracker.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub socket_path: Option<PathBuf>,
-}
-
-impl SerialConfig {
-    /// Checks that there is one place to write to at most.
-    pub fn check(&self) -> Result<(), ConfigError> {
-        if self.serial_out_path.is_some() && self.socket_path.is_some() {
-            return Err(ConfigError::SerialTwoSinks);
-        }
-        Ok(())
-    }
 }

@@ -295,15 +295,6 @@ fn defaults_are_shown_where_firecracker_shows_them() {
 }
 
 #[test]
-fn the_console_goes_to_one_place() {
-    let mut config = VmConfig::default();
-    let mut serial = SerialConfig { socket_path: Some("s".into()), ..Default::default() };
-    config.set_serial(serial.clone()).unwrap();
-    serial.serial_out_path = Some("f".into());
-    assert!(refused(&mut config, |c| c.set_serial(serial)).contains("socket_path"));
-}
-
-#[test]
 fn instance_ids_are_checked() {
     let longest = "a".repeat(64);
     for good in ["a", "0-9-a-Z", DEFAULT_INSTANCE_ID, &longest] {

@@ -162,10 +162,8 @@ impl VmConfig {
     }
 
     /// Sets where the serial console goes.
-    pub fn set_serial(&mut self, serial: SerialConfig) -> Result<(), ConfigError> {
-        serial.check()?;
+    pub fn set_serial(&mut self, serial: SerialConfig) {
         self.serial = Some(serial);
-        Ok(())
     }
 
     /// Sets how the guest reaches its metadata. The interfaces must already be there.

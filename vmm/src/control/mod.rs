@@ -128,6 +128,7 @@ impl Controller {
                 let balloon = self.config.balloon.clone();
                 balloon.map(Answer::Balloon).ok_or(ControlError::NoBalloon)
             }
+            Action::GetMetrics => Ok(Answer::Metrics(metrics::totals())),
             Action::GetMmds => Ok(Answer::Mmds(self.mmds().json())),
             Action::PutMmds(document) => {
                 self.put_metadata(document)?;
@@ -176,7 +177,7 @@ impl Controller {
             Action::SetNetworkInterface(interface) => config.set_network_interface(interface)?,
             Action::SetVsock(vsock) => config.set_vsock(vsock)?,
             Action::SetEntropy(entropy) => config.set_entropy(entropy),
-            Action::SetSerial(serial) => config.set_serial(serial)?,
+            Action::SetSerial(serial) => config.set_serial(serial),
             Action::SetBalloon(balloon) => config.set_balloon(balloon)?,
             Action::SetMmdsConfig(mmds) => self.set_mmds_config(mmds)?,
             Action::SetLogger(logger) => logger::configure(&logger)?,

@@ -1,17 +1,18 @@
 //! The serial port (16550A, COM1) and the console behind it.
 //!
-//! The guest's output goes into a bounded buffer on the vCPU's thread and from there to its sink on the
-//! event loop: a sink that blocks (a terminal on hold, a full pipe, a full disk) costs the guest its
-//! output, which is dropped and counted, and costs the VMM nothing. Input flows only as far as the port's
-//! FIFO has room.
+//! The guest's output goes into a bounded buffer on the vCPU's thread and from there to a file (the standard
+//! output, if no other) on the event loop: a file that blocks (a terminal on hold, a full pipe, a full disk)
+//! costs the guest its output, which is dropped and counted, and costs the VMM nothing. Input flows only as far
+//! as the port's FIFO has room.
 //!
-//! Sinks: a file or the standard output, with the standard input as input; or a Unix socket to which one
-//! client at a time attaches, and is first shown what the guest wrote last.
+//! Input comes from another file (the standard input), or from a Unix socket to which one client at a time
+//! attaches. The client gets the output as well, from a buffer of its own, and is first shown what the guest
+//! wrote last.
 
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -44,17 +45,22 @@ const TOKEN_INPUT: u32 = 3;
 const TOKEN_LISTENER: u32 = 4;
 const TOKEN_CLIENT: u32 = 5;
 
-/// Where the console goes.
-pub enum Sink {
-    /// Output to a file, input from another, if any.
-    Files {
-        /// Takes the guest's output.
-        output: File,
-        /// Gives the guest's input.
-        input: Option<File>,
-    },
-    /// A Unix socket to which a client attaches.
-    Socket(ConsoleSocket),
+/// What the console is connected with.
+pub struct Sink {
+    /// Takes the guest's output.
+    pub output: File,
+    /// Gives the guest's input.
+    pub input: Input,
+}
+
+/// Where the guest's input comes from.
+pub enum Input {
+    /// There is none.
+    None,
+    /// A file, named pipe or terminal.
+    File(File),
+    /// A client of this socket, which is shown the output as well.
+    Client(ConsoleSocket),
 }
 
 /// A Unix socket for a console. Its file is removed when it is dropped.
@@ -87,17 +93,54 @@ impl Trigger for Line {
     }
 }
 
+/// Output that has not been taken yet.
 #[derive(Default)]
-struct Pending {
+struct Queue {
     bytes: VecDeque<u8>,
     dropped: u64,
+}
+
+impl Queue {
+    /// Adds a byte. If there is no room, it or the oldest is dropped.
+    fn push(&mut self, byte: u8, keep_newest: bool) {
+        if self.bytes.len() == BUFFER {
+            self.dropped += 1;
+            if !keep_newest {
+                return;
+            }
+            self.bytes.pop_front();
+        }
+        self.bytes.push_back(byte);
+    }
+}
+
+/// The two that take output.
+#[derive(Clone, Copy)]
+enum Side {
+    File,
+    Client,
+}
+
+#[derive(Default)]
+struct Pending {
+    file: Queue,
+    /// There where clients can attach.
+    client: Option<Queue>,
+}
+
+impl Pending {
+    fn queue(&mut self, side: Side) -> Option<&mut Queue> {
+        match side {
+            Side::File => Some(&mut self.file),
+            Side::Client => self.client.as_mut(),
+        }
+    }
 }
 
 /// The port's output side.
 struct Output {
     pending: Arc<Mutex<Pending>>,
     ready: EventFd,
-    keep_newest: bool,
     limit: Option<TokenBucket>,
 }
 
@@ -110,18 +153,15 @@ impl Write for Output {
             return Ok(bytes.len());
         }
         let mut pending = lock(&self.pending);
-        let was_empty = pending.bytes.is_empty();
+        let empty = |queue: &Queue| queue.bytes.is_empty();
+        let wake = empty(&pending.file) || pending.client.as_ref().is_some_and(empty);
         for byte in bytes {
-            if pending.bytes.len() == BUFFER {
-                pending.dropped += 1;
-                if !self.keep_newest {
-                    continue;
-                }
-                pending.bytes.pop_front();
+            pending.file.push(*byte, false);
+            if let Some(client) = &mut pending.client {
+                client.push(*byte, true);
             }
-            pending.bytes.push_back(*byte);
         }
-        if was_empty {
+        if wake {
             self.ready.write(1)?;
         }
         Ok(bytes.len())
@@ -170,16 +210,25 @@ impl BusDevice for SerialPort {
     }
 }
 
-/// The event loop's side: moves bytes between the port and the sink.
+/// The event loop's side: moves bytes between the port and what it is connected with.
 pub struct Console {
     port: Arc<Mutex<Port>>,
     pending: Arc<Mutex<Pending>>,
     ready: EventFd,
     room: EventFd,
     sink: Sink,
-    client: Option<UnixStream>,
+    client: Option<Client>,
     events: Option<Events>,
+    /// Whether the input file, if that is what there is, still gives something.
     input_open: bool,
+}
+
+struct Client {
+    stream: UnixStream,
+    /// Whether it has not taken all there is for it.
+    slow: bool,
+    /// Whether the port has no room for what it sends.
+    held: bool,
 }
 
 /// Makes the port, which raises `irq`, and the console that serves it from an event loop. Output beyond
@@ -187,13 +236,9 @@ pub struct Console {
 pub fn create(irq: EventFd, sink: Sink, limit: Option<TokenBucket>) -> io::Result<(SerialPort, Console)> {
     let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
     let (ready, room) = (event()?, event()?);
-    let pending = Arc::new(Mutex::new(Pending::default()));
-    let output = Output {
-        pending: pending.clone(),
-        ready: ready.try_clone()?,
-        keep_newest: matches!(sink, Sink::Socket(_)),
-        limit,
-    };
+    let client = matches!(sink.input, Input::Client(_)).then(Queue::default);
+    let pending = Arc::new(Mutex::new(Pending { client, ..Default::default() }));
+    let output = Output { pending: pending.clone(), ready: ready.try_clone()?, limit };
     let port = Arc::new(Mutex::new(Serial::with_events(Line(irq), Room(room.try_clone()?), output)));
     let console = Console {
         port: port.clone(),
@@ -208,127 +253,137 @@ pub fn create(irq: EventFd, sink: Sink, limit: Option<TokenBucket>) -> io::Resul
     Ok((SerialPort(port), console))
 }
 
+/// What is left after some output was moved.
+#[derive(PartialEq, Eq)]
+enum Left {
+    Nothing,
+    /// What cannot be taken now.
+    Blocked,
+    /// What was left for the next turn.
+    More,
+}
+
+/// Moves output to `to` as far as it goes without blocking, in at most `budget` writes. With an error, what was
+/// left is lost.
+fn drain(
+    pending: &Mutex<Pending>,
+    side: Side,
+    to: &mut (impl Write + AsFd),
+    budget: usize,
+) -> io::Result<Left> {
+    for _ in 0..budget {
+        let chunk: Vec<u8> = match lock(pending).queue(side) {
+            Some(queue) => queue.bytes.iter().take(CHUNK).copied().collect(),
+            None => Vec::new(),
+        };
+        if chunk.is_empty() {
+            return Ok(Left::Nothing);
+        }
+        if !writable(to.as_fd()) {
+            return Ok(Left::Blocked);
+        }
+        let written = to.write(&chunk);
+        let mut pending = lock(pending);
+        let Some(queue) = pending.queue(side) else { return Ok(Left::Nothing) };
+        match written {
+            // The guest may have pushed out the oldest meanwhile, where the newest are kept.
+            Ok(count) => _ = queue.bytes.drain(..count.min(queue.bytes.len())),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(Left::Blocked),
+            Err(e) => {
+                queue.dropped += queue.bytes.len() as u64;
+                queue.bytes.clear();
+                return Err(e);
+            }
+        }
+    }
+    Ok(Left::More)
+}
+
+fn writable(fd: BorrowedFd<'_>) -> bool {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    poll(&mut [PollFd::new(fd, PollFlags::POLLOUT)], PollTimeout::ZERO).is_ok_and(|n| n > 0)
+}
+
 impl Console {
     /// Adds the console's descriptors to its event loop.
     pub fn attach(&mut self, events: Events) -> io::Result<()> {
         events.add(&self.ready, TOKEN_OUTPUT, EventSet::IN)?;
         events.add(&self.room, TOKEN_ROOM, EventSet::IN)?;
-        match &self.sink {
-            Sink::Socket(socket) => {
+        match &self.sink.input {
+            Input::Client(socket) => {
                 socket.listener.set_nonblocking(true)?;
                 events.add(&socket.listener, TOKEN_LISTENER, EventSet::IN)?;
             }
-            Sink::Files { input, .. } => {
-                // Files and /dev/null cannot be waited for; a console has no use for them as input.
-                self.input_open =
-                    input.as_ref().is_some_and(|input| events.add(input, TOKEN_INPUT, EventSet::IN).is_ok());
-            }
+            // Files and /dev/null cannot be waited for; a console has no use for them as input.
+            Input::File(input) => self.input_open = events.add(input, TOKEN_INPUT, EventSet::IN).is_ok(),
+            Input::None => {}
         }
         self.events = Some(events);
         Ok(())
     }
 
-    /// Writes what is left, as far as the sink takes it without blocking. For the end of the VM.
+    /// Writes what is left, as far as it is taken without blocking. For the end of the VM.
     pub fn finish(&mut self) {
-        while !lock(&self.pending).bytes.is_empty() && self.sink_writable() {
-            if self.write_chunk().is_err() {
-                break;
-            }
+        // What fails here was reported before, or is of no more use to anyone.
+        let _ = drain(&self.pending, Side::File, &mut self.sink.output, usize::MAX);
+        if let Some(client) = &mut self.client {
+            let _ = drain(&self.pending, Side::Client, &mut client.stream, usize::MAX);
         }
-        let dropped = lock(&self.pending).dropped;
-        if dropped > 0 && matches!(self.sink, Sink::Files { .. }) {
+        let dropped = lock(&self.pending).file.dropped;
+        if dropped > 0 {
             warn!("serial console: {dropped} bytes of output were dropped because nothing took them");
         }
     }
 
-    fn sink_writable(&self) -> bool {
-        use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-        let fd = match (&self.sink, &self.client) {
-            (Sink::Files { output, .. }, _) => output.as_fd(),
-            (Sink::Socket(_), Some(client)) => client.as_fd(),
-            (Sink::Socket(_), None) => return false,
-        };
-        let mut fds = [PollFd::new(fd, PollFlags::POLLOUT)];
-        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|n| n > 0)
-    }
-
-    /// Writes one chunk; the sink must be writable.
-    fn write_chunk(&mut self) -> io::Result<()> {
-        let chunk: Vec<u8> = {
-            let pending = lock(&self.pending);
-            pending.bytes.iter().take(CHUNK).copied().collect()
-        };
-        let written = match (&mut self.sink, &mut self.client) {
-            (Sink::Files { output, .. }, _) => output.write(&chunk),
-            (Sink::Socket(_), Some(client)) => client.write(&chunk),
-            (Sink::Socket(_), None) => Ok(0),
-        };
-        match written {
-            Ok(count) => {
-                lock(&self.pending).bytes.drain(..count);
-                Ok(())
-            }
-            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => Ok(()),
-            Err(e) => {
-                // The output is lost, the guest goes on.
-                let mut pending = lock(&self.pending);
-                pending.dropped += pending.bytes.len() as u64;
-                pending.bytes.clear();
-                Err(e)
-            }
-        }
-    }
-
-    /// Moves output to the sink as far as it goes, and waits for the sink if there is more.
+    /// Moves output as far as it goes, and waits for whoever has not taken all of it.
     fn pump_output(&mut self) {
-        let mut left = BUDGET;
-        while !lock(&self.pending).bytes.is_empty() {
-            if matches!(self.sink, Sink::Socket(_)) && self.client.is_none() {
-                return;
-            }
-            if left == 0 {
-                let _ = self.ready.write(1);
-                return;
-            }
-            left -= 1;
-            if !self.sink_writable() {
-                self.wait_for_sink(true);
-                return;
-            }
-            if let Err(e) = self.write_chunk() {
-                warn!("serial console: {e}");
-                self.drop_client();
-                return;
+        let file = drain(&self.pending, Side::File, &mut self.sink.output, BUDGET).unwrap_or_else(|e| {
+            warn!("serial console: {e}");
+            Left::Nothing
+        });
+        if let Some(events) = &self.events {
+            if file == Left::Blocked {
+                let _ = events.add(&self.sink.output, TOKEN_SINK, EventSet::OUT);
+            } else {
+                events.remove(&self.sink.output);
             }
         }
-        self.wait_for_sink(false);
+        let mut more = file == Left::More;
+        if let Some(client) = &mut self.client {
+            match drain(&self.pending, Side::Client, &mut client.stream, BUDGET) {
+                Ok(left) => {
+                    client.slow = left == Left::Blocked;
+                    more |= left == Left::More;
+                    self.wait_for_client();
+                }
+                // It went away.
+                Err(_) => self.drop_client(),
+            }
+        }
+        if more {
+            let _ = self.ready.write(1);
+        }
     }
 
-    fn wait_for_sink(&self, wait: bool) {
-        let Some(events) = &self.events else { return };
-        match (&self.sink, &self.client) {
-            (Sink::Files { output, .. }, _) if wait => {
-                let _ = events.add(output, TOKEN_SINK, EventSet::OUT);
-            }
-            (Sink::Files { output, .. }, _) => events.remove(output),
-            (Sink::Socket(_), Some(client)) => {
-                let set = if wait { EventSet::IN | EventSet::OUT } else { EventSet::IN };
-                let _ = events.modify(client, TOKEN_CLIENT, set);
-            }
-            (Sink::Socket(_), None) => {}
-        }
+    fn wait_for_client(&self) {
+        let (Some(events), Some(client)) = (&self.events, &self.client) else { return };
+        let mut set = EventSet::empty();
+        set.set(EventSet::IN, !client.held);
+        set.set(EventSet::OUT, client.slow);
+        let _ = events.modify(&client.stream, TOKEN_CLIENT, set);
     }
 
     fn pump_input(&mut self) {
         let capacity = lock(&self.port).fifo_capacity();
         if capacity == 0 {
-            return self.wait_for_input(false);
+            return self.hold_input(true);
         }
         let mut bytes = [0; 64];
         let want = capacity.min(bytes.len());
-        let got = match (&mut self.sink, &mut self.client) {
-            (Sink::Files { input: Some(input), .. }, _) => input.read(&mut bytes[..want]),
-            (Sink::Socket(_), Some(client)) => client.read(&mut bytes[..want]),
+        let got = match (&mut self.sink.input, &mut self.client) {
+            (Input::File(input), _) => input.read(&mut bytes[..want]),
+            (Input::Client(_), Some(client)) => client.stream.read(&mut bytes[..want]),
             _ => return,
         };
         match got {
@@ -342,23 +397,21 @@ impl Console {
         }
     }
 
-    fn wait_for_input(&mut self, wait: bool) {
-        let Some(events) = &self.events else { return };
-        let set = if wait { EventSet::IN } else { EventSet::empty() };
-        match (&self.sink, &self.client) {
-            (Sink::Files { input: Some(input), .. }, _) if self.input_open => {
-                let _ = events.modify(input, TOKEN_INPUT, set);
-            }
-            (Sink::Socket(_), Some(client)) => {
-                let _ = events.modify(client, TOKEN_CLIENT, set);
-            }
-            _ => {}
+    /// Takes no more input until there is room, or takes it again.
+    fn hold_input(&mut self, hold: bool) {
+        if let (Input::File(input), true, Some(events)) = (&self.sink.input, self.input_open, &self.events) {
+            let set = if hold { EventSet::empty() } else { EventSet::IN };
+            let _ = events.modify(input, TOKEN_INPUT, set);
+        }
+        if let Some(client) = &mut self.client {
+            client.held = hold;
+            self.wait_for_client();
         }
     }
 
     fn close_input(&mut self) {
-        match &self.sink {
-            Sink::Files { input: Some(input), .. } => {
+        match &self.sink.input {
+            Input::File(input) => {
                 if let Some(events) = &self.events {
                     events.remove(input);
                 }
@@ -370,20 +423,20 @@ impl Console {
 
     fn drop_client(&mut self) {
         if let (Some(client), Some(events)) = (self.client.take(), &self.events) {
-            events.remove(&client);
+            events.remove(&client.stream);
         }
     }
 
     fn accept(&mut self) {
-        let (Sink::Socket(socket), Some(events)) = (&self.sink, &self.events) else { return };
-        let Ok((client, _)) = socket.listener.accept() else { return };
+        let (Input::Client(socket), Some(events)) = (&self.sink.input, &self.events) else { return };
+        let Ok((stream, _)) = socket.listener.accept() else { return };
         if self.client.is_some() {
             // Closed at once: one client at a time.
             info!("serial console: a second client was refused");
             return;
         }
-        if client.set_nonblocking(true).is_ok() && events.add(&client, TOKEN_CLIENT, EventSet::IN).is_ok() {
-            self.client = Some(client);
+        if stream.set_nonblocking(true).is_ok() && events.add(&stream, TOKEN_CLIENT, EventSet::IN).is_ok() {
+            self.client = Some(Client { stream, slow: false, held: false });
             self.pump_output();
         }
     }
@@ -399,7 +452,7 @@ impl Subscriber for Console {
             TOKEN_SINK => self.pump_output(),
             TOKEN_ROOM => {
                 let _ = self.room.read();
-                self.wait_for_input(true);
+                self.hold_input(false);
             }
             TOKEN_INPUT => self.pump_input(),
             TOKEN_LISTENER => self.accept(),

@@ -25,6 +25,8 @@ pub struct JailConfig {
     /// Where to write the jailed process's pid, as the caller sees it. Not written where the process the
     /// caller started is the jailed one, see the module's text.
     pub pid_file: Option<PathBuf>,
+    /// Where to write the exit code at the end, see [`crate::exit::record_in`].
+    pub exit_file: Option<PathBuf>,
 }
 
 /// Network namespace of the VMM. Its taps must be in it, but for those of [`JailConfig::taps`].
@@ -103,6 +105,7 @@ impl JailConfig {
             taps: Vec::new(),
             resource_limits: Vec::new(),
             pid_file: None,
+            exit_file: None,
         }
     }
 

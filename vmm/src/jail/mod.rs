@@ -26,7 +26,8 @@
 //! makes the namespace itself saves the second process.
 //!
 //! What this module never does: create or delete anything in the jail's directory, or leave open a
-//! descriptor through which the outside can be reached.
+//! descriptor through which the outside can be reached. Standard output and error stay open, and where asked for
+//! a file for the exit code, to be written to.
 
 mod cgroup;
 mod config;
@@ -39,12 +40,14 @@ mod root;
 
 use std::ffi::CString;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::virtio::net::tap::TapError;
 
 pub use config::{Cgroup, CgroupLimit, Invalid, JailConfig, Network, Resource, ResourceLimit};
 pub use landlock::Landlock;
+
+use crate::exit;
 
 /// Which walls stand that depend on the kernel; the others always do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,6 +75,8 @@ pub enum JailError {
     Root { path: PathBuf, source: io::Error },
     #[error("cannot write the pid file {}: {source}", path.display())]
     PidFile { path: PathBuf, source: io::Error },
+    #[error("cannot write the exit file {}: {source}", path.display())]
+    ExitFile { path: PathBuf, source: io::Error },
     #[error("cannot use the cgroup {}: {source}", path.display())]
     Cgroup { path: PathBuf, source: io::Error },
     #[error("{} is not in a cgroup v2 file system", path.display())]
@@ -117,6 +122,9 @@ pub fn enter(config: &JailConfig) -> Result<Jailed, JailError> {
         Network::Host | Network::New => None,
     };
     let pid_file = config.pid_file.as_deref().map(pid_file::PidFile::create).transpose()?;
+    if let Some(path) = &config.exit_file {
+        exit::record_in(path).map_err(|source| JailError::ExitFile { path: path.clone(), source })?;
+    }
     let cgroup = config.cgroup.as_ref().map(cgroup::Prepared::new).transpose()?;
     process::limit_resources(&config.resource_limits)?;
 
@@ -133,13 +141,19 @@ pub fn enter(config: &JailConfig) -> Result<Jailed, JailError> {
     Ok(Jailed { landlock })
 }
 
+/// Writes this process's id to a file, as a jail does for the process in it.
+pub fn write_pid_file(path: &Path) -> Result<(), JailError> {
+    // SAFETY: has no preconditions.
+    pid_file::PidFile::create(path)?.write(unsafe { libc::getpid() })
+}
+
 /// The error of the system call that just failed.
 fn os_error() -> io::Error {
     io::Error::last_os_error()
 }
 
 /// `path` as the kernel takes it.
-fn c_path(path: &std::path::Path) -> io::Result<CString> {
+fn c_path(path: &Path) -> io::Result<CString> {
     use std::os::unix::ffi::OsStrExt;
     CString::new(path.as_os_str().as_bytes()).map_err(|_| io::ErrorKind::InvalidInput.into())
 }

@@ -79,6 +79,8 @@ impl Gauge {
 pub trait Metric {
     /// What to write now. A counter begins anew.
     fn take(&self) -> u64;
+    /// What there is in all; changes nothing.
+    fn look(&self) -> u64;
 }
 
 impl Metric for Counter {
@@ -86,18 +88,26 @@ impl Metric for Counter {
         let total = self.total();
         total.wrapping_sub(self.written.swap(total, Ordering::Relaxed))
     }
+
+    fn look(&self) -> u64 {
+        self.total()
+    }
 }
 
 impl Metric for Gauge {
     fn take(&self) -> u64 {
         self.get()
     }
+
+    fn look(&self) -> u64 {
+        self.get()
+    }
 }
 
 /// Metrics that belong together. Made by [`group!`](crate::metrics::group).
 pub trait Group: Send + Sync {
-    /// Takes every metric, always in the same order.
-    fn take_each(&self, each: &mut dyn FnMut(&'static str, u64));
+    /// Reads every metric by `read`, always in the same order.
+    fn read_each(&self, read: fn(&dyn Metric) -> u64, each: &mut dyn FnMut(&'static str, u64));
 }
 
 /// Declares a struct of metrics: each field is a [`Counter`] or a [`Gauge`], public, and written under
@@ -135,8 +145,12 @@ macro_rules! metrics_group {
         }
 
         impl $crate::metrics::Group for $name {
-            fn take_each(&self, each: &mut dyn FnMut(&'static str, u64)) {
-                $(each(stringify!($field), $crate::metrics::Metric::take(&self.$field));)*
+            fn read_each(
+                &self,
+                read: fn(&dyn $crate::metrics::Metric) -> u64,
+                each: &mut dyn FnMut(&'static str, u64),
+            ) {
+                $(each(stringify!($field), read(&self.$field));)*
             }
         }
     };
@@ -211,7 +225,7 @@ pub fn flush() -> Result<(), MetricsError> {
     let mut output = lock(&OUTPUT);
     let Some(output) = output.as_mut() else { return Ok(()) };
     output.due = Instant::now() + FLUSH_INTERVAL;
-    let mut line = render(&output.fixed);
+    let mut line = render(&output.fixed, |metric| metric.take());
     line.push('\n');
     output.file.write_line(line.as_bytes()).map_err(|error| {
         METRICS.logger.missed_metrics_count.inc();
@@ -225,7 +239,7 @@ pub fn flush_in_panic() {
     let (Ok(mut output), Ok(registry)) = (OUTPUT.try_lock(), REGISTRY.try_lock()) else { return };
     drop(registry);
     if let Some(output) = output.as_mut() {
-        let line = render(&output.fixed) + "\n";
+        let line = render(&output.fixed, |metric| metric.take()) + "\n";
         let _ = output.file.write_line(line.as_bytes());
     }
 }
@@ -244,21 +258,26 @@ pub fn flush_if_due() -> Option<Duration> {
     Some(FLUSH_INTERVAL)
 }
 
-/// Takes all metrics as one line.
-fn render(fixed: &str) -> String {
+/// Every metric in all since the process started, as a line would show it. Changes nothing, and needs no path.
+pub fn totals() -> String {
+    render("", |metric| metric.look())
+}
+
+/// Reads all metrics, as one line.
+fn render(fixed: &str, read: fn(&dyn Metric) -> u64) -> String {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let mut out = String::with_capacity(4096);
     let _ = write!(out, "{{\"utc_timestamp_ms\":{},{fixed}", now.as_millis());
     METRICS.each_group(&mut |name, group| {
         let mut fields = Vec::new();
-        group.take_each(&mut |field, value| fields.push((field, value)));
+        group.read_each(read, &mut |field, value| fields.push((field, value)));
         write_group(&mut out, name, None, &fields);
     });
     // The sums of kinds, in the order of their first device.
     let mut sums: Vec<(&'static str, Vec<(&'static str, u64)>)> = Vec::new();
     for registered in lock(&REGISTRY).iter() {
         let mut fields = Vec::new();
-        registered.group.take_each(&mut |field, value| fields.push((field, value)));
+        registered.group.read_each(read, &mut |field, value| fields.push((field, value)));
         if let Some(id) = &registered.id {
             write_group(&mut out, registered.kind, Some(id), &fields);
         }

@@ -38,6 +38,8 @@ fn lines_tell_increases_levels_and_sums() {
     b.level.set(7);
     flush().unwrap();
     a.reads.inc();
+    let totals: serde_json::Value = serde_json::from_str(&totals()).unwrap();
+    assert_eq!([&totals["test_a"]["reads"], &totals["test"]["reads"], &totals["test"]["level"]], [6, 7, 7]);
     flush().unwrap();
     let text = std::fs::read_to_string(&config.metrics_path).unwrap();
     let lines: Vec<serde_json::Value> =

@@ -12,7 +12,7 @@ use kvm_ioctls::Kvm;
 
 use crate::config::{SerialConfig, VmConfig};
 use crate::control::{self, MachineBuilder, StartError};
-use crate::devices::serial::{ConsoleSocket, Sink};
+use crate::devices::serial::{ConsoleSocket, Input, Sink};
 use crate::event_loop::EventLoop;
 use crate::jail;
 use crate::machine::{Machine, Resources};
@@ -105,7 +105,7 @@ impl KvmBuilder {
         let fail = |failure: StartFailure| StartError(failure.into());
         check_memory(config.machine.mem_size_mib).map_err(fail)?;
         let console = console(config.serial.as_ref()).map_err(fail)?;
-        let uses_terminal = matches!(console, Sink::Files { input: Some(_), .. });
+        let uses_terminal = matches!(console.input, Input::File(_));
         let kvm = open_kvm().map_err(StartFailure::Kvm).map_err(fail)?;
         let resources = Resources {
             kvm: &kvm,
@@ -147,22 +147,26 @@ fn open_kvm() -> io::Result<Kvm> {
     Ok(unsafe { <Kvm as std::os::fd::FromRawFd>::from_raw_fd(fd) })
 }
 
-/// Where the configuration sends the console: a file, a socket, or the process's own input and output.
+/// What the configuration connects the console with; the process's own input and output where it says nothing.
 fn console(config: Option<&SerialConfig>) -> Result<Sink, StartFailure> {
-    if let Some(path) = config.and_then(|config| config.serial_out_path.as_deref()) {
-        let output =
-            open_output(path).map_err(|error| StartFailure::SerialOutput { path: path.to_owned(), error })?;
-        return Ok(Sink::Files { output, input: None });
-    }
-    if let Some(path) = config.and_then(|config| config.socket_path.as_deref()) {
-        let error = |error| StartFailure::SerialSocket { path: path.to_owned(), error };
-        let socket = ConsoleSocket::bind(path).map_err(error)?;
-        return Ok(Sink::Socket(socket));
-    }
     let own = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned().map(File::from);
-    let input = own(io::stdin().as_fd()).map_err(StartFailure::Console)?;
-    let output = own(io::stdout().as_fd()).map_err(StartFailure::Console)?;
-    Ok(Sink::Files { output, input: Some(input) })
+    let file = config.and_then(|config| config.serial_out_path.as_deref());
+    let output = match file {
+        Some(path) => {
+            open_output(path).map_err(|error| StartFailure::SerialOutput { path: path.to_owned(), error })?
+        }
+        None => own(io::stdout().as_fd()).map_err(StartFailure::Console)?,
+    };
+    let input = match config.and_then(|config| config.socket_path.as_deref()) {
+        Some(path) => {
+            let error = |error| StartFailure::SerialSocket { path: path.to_owned(), error };
+            let socket = ConsoleSocket::bind(path).map_err(error)?;
+            Input::Client(socket)
+        }
+        None if file.is_some() => Input::None,
+        None => Input::File(own(io::stdin().as_fd()).map_err(StartFailure::Console)?),
+    };
+    Ok(Sink { output, input })
 }
 
 /// Opens a file to append to, made if missing, or a named pipe, which need not have a reader yet.

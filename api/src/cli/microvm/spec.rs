@@ -157,9 +157,9 @@ impl MachineArgs {
                 refill_time: 1000,
             }),
             ..SerialConfig::default()
-        })?;
+        });
         let jail = (!self.no_jail).then_some(JailSpec { network: Network::None, cgroup: !self.no_cgroup });
-        Ok(Spec { id, vm, jail, boot_timer: true })
+        Ok(Spec { id, vm, jail, boot_timer: true, ..Default::default() })
     }
 }
 
