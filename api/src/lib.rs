@@ -1,14 +1,19 @@
 //! The Pulau host manager: the parts behind the `pulau` program.
 
 pub mod cli;
+pub mod client;
 pub mod doctor;
+pub mod fault;
 pub mod files;
+pub mod http;
 pub mod image;
+pub mod instances;
 pub mod microvm;
 pub mod model;
 pub mod network;
 pub mod programs;
 pub mod records;
+pub mod serve;
 pub mod store;
 pub mod volume;
 

@@ -8,8 +8,13 @@
 //! - An error is one line that says what was being done and why it failed, then what to do, if known.
 
 mod completion;
+mod connection;
 mod doctor;
+mod image;
+mod instance;
 mod microvm;
+mod serve;
+mod table;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -27,6 +32,9 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Serve(serve::Args),
+    Instance(instance::Args),
+    Image(image::Args),
     Doctor(doctor::Args),
     Microvm(microvm::Args),
     Completion(completion::Args),
@@ -35,6 +43,9 @@ enum Command {
 /// Parses the command line, runs the command, and returns the process's exit code.
 pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
+        Command::Serve(args) => serve::run(&args),
+        Command::Instance(args) => instance::run(&args),
+        Command::Image(args) => image::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Microvm(args) => microvm::run(&args),
         Command::Completion(args) => completion::run(&args),

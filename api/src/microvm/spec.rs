@@ -31,6 +31,8 @@ pub struct Spec {
     pub boot_timer: bool,
     /// What becomes of the guest's serial console.
     pub console: Console,
+    /// What the metadata service tells from the first moment on, if the microVM has one.
+    pub metadata: Option<serde_json::Value>,
 }
 
 /// What becomes of a guest's serial console. How fast it may write is the VMM's `serial` rate limiter's.

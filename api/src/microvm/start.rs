@@ -60,7 +60,7 @@ pub(super) async fn start(
     };
     time(|times| &mut times.api_ready);
     let booted = async {
-        configure(&mut api, &config).await?;
+        configure(&mut api, &config, spec.metadata.as_ref()).await?;
         time(|times| &mut times.configured);
         api.put("/actions", &ActionConfig { action_type: ActionType::InstanceStart }).await
     };
@@ -133,7 +133,11 @@ async fn connect(socket: &Path) -> Result<Api, StartError> {
 }
 
 /// Tells the VMM what the microVM is to be. Devices in the order the guest is to find them.
-async fn configure(api: &mut Api, config: &VmConfig) -> Result<(), ApiError> {
+async fn configure(
+    api: &mut Api,
+    config: &VmConfig,
+    metadata: Option<&serde_json::Value>,
+) -> Result<(), ApiError> {
     api.put("/machine-config", &config.machine).await?;
     if let Some(cpu) = &config.cpu {
         api.put("/cpu-config", cpu).await?;
@@ -164,6 +168,9 @@ async fn configure(api: &mut Api, config: &VmConfig) -> Result<(), ApiError> {
     }
     if let Some(mmds) = &config.mmds {
         api.put("/mmds/config", mmds).await?;
+    }
+    if let Some(metadata) = metadata {
+        api.put("/mmds", metadata).await?;
     }
     Ok(())
 }

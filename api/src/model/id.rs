@@ -11,6 +11,8 @@ pub const IMAGE: &str = "img";
 pub const NETWORK: &str = "net";
 pub const SECURITY_GROUP: &str = "sg";
 pub const KEY_PAIR: &str = "key";
+pub const VOLUME: &str = "vol";
+pub const API_TOKEN: &str = "tok";
 
 /// A new one, unlike any other: `i-0123456789abcdef0`.
 pub fn new(prefix: &str) -> String {

@@ -6,6 +6,8 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::image::Manifest;
+
 /// An image.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Image {
@@ -26,7 +28,7 @@ pub struct Image {
     /// How to boot it: kernel, root file system and their digests. Absent until it is available.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Object>)]
-    pub manifest: Option<serde_json::Value>,
+    pub manifest: Option<Manifest>,
     #[serde(default)]
     pub tags: BTreeMap<String, String>,
 }

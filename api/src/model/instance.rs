@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
 use chrono::{DateTime, Utc};
+use pulau_vmm::config::MacAddr;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -42,8 +43,8 @@ pub struct Instance {
     pub key_name: Option<String>,
     pub interface: Interface,
     pub security_groups: Vec<String>,
-    /// Size of its root disk (of what it writes, where the image is shared), in bytes.
-    pub root_size: u64,
+    /// Its root disk: what it writes, where the image is shared.
+    pub root_volume: String,
     #[serde(default)]
     pub tags: BTreeMap<String, String>,
     #[serde(default)]
@@ -60,6 +61,9 @@ pub struct Instance {
     /// Base64; given to the guest by the metadata service.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user_data: Option<String>,
+    /// A stop that is under way does not wait for the guest.
+    #[serde(default)]
+    pub force_stop: bool,
     /// Position among those that one request ran.
     #[serde(default)]
     pub launch_index: u32,
@@ -152,7 +156,8 @@ pub struct Interface {
     #[schema(value_type = String)]
     pub private_address: Ipv4Addr,
     /// `06:…`, derived from the address.
-    pub mac: String,
+    #[schema(value_type = String)]
+    pub mac: MacAddr,
     /// Name of the host's end.
     pub tap: String,
 }

@@ -5,6 +5,7 @@
 //! be added, never renamed or given another meaning; a field added gets a default, since older records
 //! lack it.
 
+mod api_token;
 pub mod id;
 mod image;
 mod instance;
@@ -13,7 +14,9 @@ mod key_pair;
 mod name;
 mod network;
 mod security_group;
+mod volume;
 
+pub use api_token::ApiToken;
 pub use image::{Image, ImageState};
 pub use instance::{
     BootReport, Check, Desired, Instance, InstanceState, Interface, ShutdownBehavior, StateReason,
@@ -24,6 +27,7 @@ pub use key_pair::KeyPair;
 pub use name::{NameError, check_name, check_tags};
 pub use network::Network;
 pub use security_group::{Peer, Protocol, Rule, SecurityGroup};
+pub use volume::{Volume, VolumeAttachment, VolumeState};
 
 /// The kinds of things there are, as error messages and events call them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, utoipa::ToSchema)]
@@ -35,6 +39,8 @@ pub enum Kind {
     KeyPair,
     Network,
     SecurityGroup,
+    Token,
+    Volume,
 }
 
 impl Kind {
@@ -47,6 +53,8 @@ impl Kind {
             Kind::KeyPair => "key pair",
             Kind::Network => "network",
             Kind::SecurityGroup => "security group",
+            Kind::Token => "token",
+            Kind::Volume => "volume",
         }
     }
 
@@ -59,6 +67,8 @@ impl Kind {
             Kind::KeyPair => "pulau key-pair list",
             Kind::Network => "pulau network list",
             Kind::SecurityGroup => "pulau security-group list",
+            Kind::Token => "pulau token list",
+            Kind::Volume => "pulau volume list",
         }
     }
 }

@@ -30,3 +30,10 @@ pub struct Network {
     #[serde(default)]
     pub tags: BTreeMap<String, String>,
 }
+
+impl Network {
+    /// DNS domain of its instances' names.
+    pub fn domain(&self) -> String {
+        format!("{}.internal", self.name)
+    }
+}

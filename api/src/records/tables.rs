@@ -7,7 +7,7 @@ use chrono::{DateTime, Utc};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::model::{Image, Instance, KeyPair, Network, SecurityGroup};
+use crate::model::{ApiToken, Image, Instance, KeyPair, Network, SecurityGroup, Volume};
 use crate::store::{Change, Revision};
 
 /// Something kept in the store, as JSON, under `<PREFIX><id>`.
@@ -161,12 +161,14 @@ macro_rules! records {
 }
 
 records! {
+    api_tokens: ApiToken, "api-tokens/", id;
     images: Image, "images/", id;
     instances: Instance, "instances/", id;
     key_pairs: KeyPair, "key-pairs/", id;
     networks: Network, "networks/", id;
     security_groups: SecurityGroup, "security-groups/", id;
     tokens: Token, "tokens/", id;
+    volumes: Volume, "volumes/", id;
 }
 
 /// A record that was made, changed or removed.

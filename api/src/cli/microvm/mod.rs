@@ -8,6 +8,8 @@ mod session;
 mod spec;
 mod terminal;
 
+pub use spec::MemoryArg;
+
 use std::process::ExitCode;
 
 /// Boot single microVMs, without the daemon.

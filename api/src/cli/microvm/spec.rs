@@ -89,6 +89,12 @@ impl FromStr for DiskArg {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryArg(u64);
 
+impl MemoryArg {
+    pub fn mib(self) -> u64 {
+        self.0
+    }
+}
+
 impl FromStr for MemoryArg {
     type Err = String;
 

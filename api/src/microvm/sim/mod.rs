@@ -212,7 +212,7 @@ impl Guest {
             started: None,
             paused: false,
             ended: watch::Sender::new(None),
-            metadata: Value::Object(serde_json::Map::new()),
+            metadata: spec.metadata.clone().unwrap_or_else(|| Value::Object(serde_json::Map::new())),
             balloon_mib,
             files: BTreeMap::new(),
             usage: Usage { memory_bytes: memory, resident_bytes: memory, ..Default::default() },

@@ -1,0 +1,203 @@
+//! `pulau instance …`
+
+mod run;
+mod show;
+
+use std::process::ExitCode;
+
+use clap::Subcommand;
+use serde_json::{Value, json};
+
+use super::connection::Connection;
+use super::{print, print_json};
+use crate::client::Client;
+use show::summary;
+
+/// Machines of your own: run, look at, stop, start and terminate them.
+#[derive(Debug, clap::Args)]
+#[command(
+    arg_required_else_help = true,
+    after_help = "Examples:
+  pulau instance run --image minimal --wait
+  pulau instance list --filter state=running,tag:Name=web-*
+  pulau instance exec i-0123456789abcdef0 -- uname -a
+  pulau instance stop i-0123456789abcdef0 --wait
+  pulau instance terminate i-0123456789abcdef0"
+)]
+pub struct Args {
+    #[command(flatten)]
+    connection: Connection,
+    /// Print JSON.
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run instances of an image.
+    Run(run::Args),
+    /// List instances.
+    List {
+        /// Only those that fit, as NAME=VALUE,…: id, state, image, type, network, key, group, address, hostname,
+        /// tag:KEY. `|` stands between values, `*` for anything.
+        #[arg(long, short, value_name = "FILTER")]
+        filter: Option<String>,
+    },
+    /// Show all there is to know of an instance.
+    Show { id: String },
+    /// Start stopped instances.
+    Start(Several),
+    /// Stop instances. They keep their ids, disks and addresses.
+    Stop {
+        #[command(flatten)]
+        several: Several,
+        /// Do not ask the guest, and do not wait for it: as a power cut.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Boot running instances anew.
+    Reboot(Several),
+    /// End instances for good, with their root disks.
+    Terminate(Several),
+    /// Change an instance.
+    Modify(run::ModifyArgs),
+    /// Wait until an instance is in a state.
+    Wait {
+        id: String,
+        /// pending, running, stopping, stopped, shutting-down or terminated.
+        #[arg(default_value = "running")]
+        state: String,
+        /// Also until the agent in the guest answers.
+        #[arg(long)]
+        agent: bool,
+        /// Seconds.
+        #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+        timeout: u64,
+    },
+    /// Show what an instance wrote to its console.
+    Console { id: String },
+    /// Run a command in an instance. The exit code is the command's.
+    Exec {
+        id: String,
+        /// User of the guest; root if not given.
+        #[arg(long, short)]
+        user: Option<String>,
+        /// Seconds the command may take.
+        #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+        timeout: u64,
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
+    /// Show what an instance uses of the host.
+    Metrics { id: String },
+    /// List the instance types.
+    Types,
+}
+
+#[derive(Debug, clap::Args)]
+struct Several {
+    #[arg(required = true, value_name = "ID")]
+    ids: Vec<String>,
+    /// Wait until it has been done.
+    #[arg(long, short)]
+    wait: bool,
+}
+
+pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    args.connection.run(|client| act(args, client))
+}
+
+async fn act(args: &Args, client: Client) -> anyhow::Result<ExitCode> {
+    let json = args.json;
+    let several = async |several: &Several, action: &str, body: Value, state: &str| {
+        let mut done = Vec::new();
+        for id in &several.ids {
+            let mut instance: Value = match action {
+                "terminate" => client.delete(&path(id)).await?,
+                action => client.post(&format!("{}/{action}", path(id)), &body).await?,
+            };
+            if several.wait {
+                instance =
+                    client.get(&format!("{}/wait?state={state}&timeout_seconds=300", path(id))).await?;
+            }
+            done.push(instance);
+        }
+        show_all(&done, json)
+    };
+    match &args.command {
+        Command::Run(run) => return run::run(run, &client, json).await,
+        Command::List { filter } => {
+            let mut all = Vec::new();
+            let mut next = String::new();
+            loop {
+                let filter = filter.as_deref().map(|f| format!("&filter={}", escape(f))).unwrap_or_default();
+                let page: Value = client.get(&format!("/v1/instances?next_token={next}{filter}")).await?;
+                all.extend(page["items"].as_array().cloned().unwrap_or_default());
+                match page["next_token"].as_str() {
+                    Some(token) => next = escape(token),
+                    None => break,
+                }
+            }
+            show_all(&all, json)?;
+        }
+        Command::Show { id } => {
+            let instance: Value = client.get(&path(id)).await?;
+            if json { print_json(&instance)? } else { print(&show::details(&instance))? }
+        }
+        Command::Start(ids) => several(ids, "start", json!({}), "running").await?,
+        Command::Stop { several: ids, force } => {
+            several(ids, "stop", json!({"force": force}), "stopped").await?
+        }
+        Command::Reboot(ids) => several(ids, "reboot", json!({}), "running").await?,
+        Command::Terminate(ids) => several(ids, "terminate", json!({}), "terminated").await?,
+        Command::Modify(modify) => {
+            let instance: Value = client.patch(&path(&modify.id), &modify.body()?).await?;
+            show_all(&[instance], json)?;
+        }
+        Command::Wait { id, state, agent, timeout } => {
+            let query = format!("state={}&agent={agent}&timeout_seconds={timeout}", escape(state));
+            let instance: Value = client.get(&format!("{}/wait?{query}", path(id))).await?;
+            show_all(&[instance], json)?;
+        }
+        Command::Console { id } => print(&client.text(&format!("{}/console", path(id))).await?)?,
+        Command::Exec { id, user, timeout, command } => {
+            let body = json!({"argv": command, "user": user, "timeout_seconds": timeout});
+            let result: Value = client.post(&format!("{}/exec", path(id)), &body).await?;
+            let code =
+                result["exit_code"].as_u64().and_then(|code| u8::try_from(code).ok()).unwrap_or(u8::MAX);
+            if json {
+                print_json(&result)?;
+            } else {
+                print(result["stdout"].as_str().unwrap_or_default())?;
+                eprint!("{}", result["stderr"].as_str().unwrap_or_default());
+            }
+            return Ok(ExitCode::from(code));
+        }
+        Command::Metrics { id } => print_json(&client.get::<Value>(&format!("{}/metrics", path(id))).await?)?,
+        Command::Types => {
+            let types: Value = client.get("/v1/instance-types").await?;
+            let items = types["items"].as_array().cloned().unwrap_or_default();
+            if json { print_json(&types)? } else { print(&show::types(&items))? }
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn show_all(instances: &[Value], json: bool) -> anyhow::Result<()> {
+    if json { print_json(&json!({ "items": instances })) } else { print(&summary(instances)) }
+}
+
+fn path(id: &str) -> String {
+    format!("/v1/instances/{}", escape(id))
+}
+
+/// Percent-encodes what is not plain.
+fn escape(text: &str) -> String {
+    let encode = |byte: u8| match byte {
+        b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => char::from(byte).to_string(),
+        other => format!("%{other:02X}"),
+    };
+    text.bytes().map(encode).collect()
+}

@@ -1,0 +1,179 @@
+//! `pulau instance run` and `modify`
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use serde_json::{Value, json};
+
+use super::{path, show_all};
+use crate::cli::microvm::MemoryArg;
+use crate::client::Client;
+use crate::model::id;
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  pulau instance run --image minimal
+  pulau instance run --image debian --type large --key-name me --tag Name=web --wait
+  pulau instance run --image debian --type custom --cpus 3 --memory 1536M --user-data setup.sh
+  pulau instance run --image minimal --count 10 --json")]
+pub struct Args {
+    /// Id or name of an image.
+    #[arg(long, short)]
+    image: String,
+    /// Name of a type, or custom with --cpus and --memory.
+    #[arg(long = "type", short = 't', value_name = "TYPE", default_value = "micro")]
+    instance_type: String,
+    #[command(flatten)]
+    size: Custom,
+    /// How many; all or none.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    count: u32,
+    /// Be content with so many of --count.
+    #[arg(long, value_name = "N")]
+    min_count: Option<u32>,
+    /// Name of a key pair whose owner may log in.
+    #[arg(long, value_name = "NAME")]
+    key_name: Option<String>,
+    /// File given to the guest: a script that runs at the first boot, or cloud-config. At most 16 KiB.
+    #[arg(long, value_name = "FILE")]
+    user_data: Option<PathBuf>,
+    /// Id or name of a network.
+    #[arg(long, value_name = "NETWORK")]
+    network: Option<String>,
+    /// Address in the network.
+    #[arg(long, value_name = "ADDRESS")]
+    private_address: Option<String>,
+    /// Id or name of a security group; may be repeated.
+    #[arg(long = "security-group", value_name = "GROUP")]
+    security_groups: Vec<String>,
+    /// Size of the root disk in GiB; only what is written takes space.
+    #[arg(long, value_name = "GIB")]
+    root_size: Option<u64>,
+    /// A tag; may be repeated. `Name` is the host name, too, where it can be.
+    #[arg(long = "tag", value_name = "KEY=VALUE", value_parser = tag)]
+    tags: Vec<(String, String)>,
+    /// Refuse to terminate it until this is taken back.
+    #[arg(long)]
+    termination_protection: bool,
+    /// Terminate it when its guest powers itself off, rather than stop it.
+    #[arg(long)]
+    terminate_on_shutdown: bool,
+    /// Makes it safe to send this again: the same token makes no second instance.
+    #[arg(long, value_name = "TOKEN")]
+    client_token: Option<String>,
+    /// Only check whether it could be done.
+    #[arg(long)]
+    dry_run: bool,
+    /// Wait until the agent in the guest answers.
+    #[arg(long, short)]
+    wait: bool,
+}
+
+#[derive(Debug, clap::Args)]
+struct Custom {
+    /// vCPUs of a custom type.
+    #[arg(long, value_name = "N")]
+    cpus: Option<u8>,
+    /// Memory of a custom type, such as 768M.
+    #[arg(long, value_name = "SIZE")]
+    memory: Option<MemoryArg>,
+}
+
+impl Custom {
+    fn memory_mib(&self) -> Option<u64> {
+        self.memory.map(MemoryArg::mib)
+    }
+}
+
+fn tag(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err("expected KEY=VALUE".into()),
+    }
+}
+
+fn read_user_data(file: Option<&PathBuf>) -> anyhow::Result<Option<String>> {
+    let Some(file) = file else { return Ok(None) };
+    let bytes = std::fs::read(file).with_context(|| format!("--user-data {}", file.display()))?;
+    Ok(Some(BASE64.encode(bytes)))
+}
+
+pub async fn run(args: &Args, client: &Client, json: bool) -> anyhow::Result<ExitCode> {
+    let tags: BTreeMap<_, _> = args.tags.iter().cloned().collect();
+    let body = json!({
+        "image": args.image,
+        "instance_type": args.instance_type,
+        "vcpus": args.size.cpus,
+        "memory_mib": args.size.memory_mib(),
+        "min_count": args.min_count.unwrap_or(args.count),
+        "max_count": args.count,
+        "key_name": args.key_name,
+        "user_data": read_user_data(args.user_data.as_ref())?,
+        "network": args.network,
+        "private_address": args.private_address,
+        "security_groups": args.security_groups,
+        "root_size_gib": args.root_size,
+        "tags": tags,
+        "termination_protection": args.termination_protection,
+        "shutdown_behavior": if args.terminate_on_shutdown { "terminate" } else { "stop" },
+        // A connection that breaks leaves open whether it was done; with a token it can be sent again.
+        "client_token": args.client_token.clone().unwrap_or_else(|| id::new("run")),
+        "dry_run": args.dry_run,
+    });
+    let ran: Value = client.post("/v1/instances", &body).await?;
+    let mut instances = ran["instances"].as_array().cloned().unwrap_or_default();
+    if args.wait {
+        for instance in &mut instances {
+            let id = instance["id"].as_str().unwrap_or_default().to_owned();
+            let wait = format!("{}/wait?state=running&agent=true&timeout_seconds=300", path(&id));
+            *instance = client.get(&wait).await?;
+        }
+    }
+    show_all(&instances, json)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  pulau instance modify i-0123456789abcdef0 --type large
+  pulau instance modify i-0123456789abcdef0 --termination-protection false --tag Name=web --tag env=test")]
+pub struct ModifyArgs {
+    pub id: String,
+    /// Another type, of a stopped instance.
+    #[arg(long = "type", short = 't', value_name = "TYPE")]
+    instance_type: Option<String>,
+    #[command(flatten)]
+    size: Custom,
+    /// Other user data, of a stopped instance.
+    #[arg(long, value_name = "FILE")]
+    user_data: Option<PathBuf>,
+    /// Other security groups, in place of all it has; may be repeated.
+    #[arg(long = "security-group", value_name = "GROUP")]
+    security_groups: Vec<String>,
+    /// Other tags, in place of all it has; may be repeated.
+    #[arg(long = "tag", value_name = "KEY=VALUE", value_parser = tag)]
+    tags: Vec<(String, String)>,
+    #[arg(long, value_name = "BOOL")]
+    termination_protection: Option<bool>,
+}
+
+impl ModifyArgs {
+    pub fn body(&self) -> anyhow::Result<Value> {
+        let given = |values: &[String]| (!values.is_empty()).then(|| values.to_vec());
+        let tags: Option<BTreeMap<_, _>> =
+            (!self.tags.is_empty()).then(|| self.tags.iter().cloned().collect());
+        Ok(json!({
+            "instance_type": self.instance_type,
+            "vcpus": self.size.cpus,
+            "memory_mib": self.size.memory_mib(),
+            "user_data": read_user_data(self.user_data.as_ref())?,
+            "security_groups": given(&self.security_groups),
+            "termination_protection": self.termination_protection,
+            "tags": tags,
+        }))
+    }
+}

@@ -1,0 +1,56 @@
+//! What is done to every request: an id, bounds, a line in the log.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::{Request, State};
+use axum::http::{HeaderName, HeaderValue, StatusCode};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use tokio::time::{Instant, timeout};
+use tracing::Instrument as _;
+
+use super::Api;
+use super::auth::Caller;
+use super::error::{Refusal, complete};
+use crate::model::id;
+
+/// A request that takes longer is given up. Longer than the longest wait a request may ask for.
+const LONGEST: Duration = Duration::from_secs(660);
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// Middleware around everything else.
+pub async fn frame(State(api): State<Arc<Api>>, request: Request, next: Next) -> Response {
+    let id = id::new("req");
+    let span = tracing::info_span!("request", id, method = %request.method(), path = request.uri().path());
+    let mut response = async {
+        let begun = Instant::now();
+        let Ok(_permit) = api.under_way.clone().try_acquire_owned() else {
+            let message = "too many requests are under way: try again in a moment";
+            return Refusal::new(StatusCode::TOO_MANY_REQUESTS, "RequestLimitExceeded", message)
+                .into_response();
+        };
+        let changes_something = !request.method().is_safe();
+        let response = timeout(LONGEST, next.run(request)).await.unwrap_or_else(|_| {
+            let message = format!("it took longer than {} s", LONGEST.as_secs());
+            Refusal::new(StatusCode::GATEWAY_TIMEOUT, "RequestTimeout", message).into_response()
+        });
+        let caller = response.extensions().get::<Caller>().map_or("-", |caller| caller.name.as_str());
+        let (status, took_ms) = (response.status().as_u16(), begun.elapsed().as_millis() as u64);
+        if changes_something {
+            tracing::info!(target: "pulau::audit", caller, status, took_ms, "done");
+        } else {
+            tracing::debug!(caller, status, took_ms, "done");
+        }
+        response
+    }
+    .instrument(span)
+    .await;
+    if let Some(refusal) = response.extensions_mut().remove::<Refusal>() {
+        response = complete(refusal, &id);
+    }
+    if let Ok(value) = HeaderValue::from_str(&id) {
+        response.headers_mut().insert(REQUEST_ID, value);
+    }
+    response
+}

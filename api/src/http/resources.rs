@@ -1,0 +1,147 @@
+//! What instances are made of, over HTTP: images, key pairs, networks, security groups.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+
+use super::error::{ErrorBody, Refusal};
+use super::extract::Body;
+use super::{Api, List};
+use crate::instances::{
+    CreateKeyPair, CreateNetwork, CreateSecurityGroup, CreatedKeyPair, Error, ImportImage, ModifyRules,
+};
+use crate::model::{Image, KeyPair, Kind, Network, SecurityGroup};
+
+/// List images.
+#[utoipa::path(get, path = "/v1/images", tag = "images",
+    responses((status = 200, body = List<Image>), (status = "default", body = ErrorBody)))]
+pub async fn images(State(api): State<Arc<Api>>) -> Json<List<Image>> {
+    Json(List::all(api.instances.images()))
+}
+
+/// Import an image. It is `pending` at first; look again until it is `available` or `failed`.
+#[utoipa::path(post, path = "/v1/images", tag = "images", request_body = ImportImage,
+    responses((status = 202, body = Image), (status = "default", body = ErrorBody)))]
+pub async fn import_image(
+    State(api): State<Arc<Api>>,
+    Body(request): Body<ImportImage>,
+) -> Result<(StatusCode, Json<Arc<Image>>), Refusal> {
+    Ok((StatusCode::ACCEPTED, Json(api.instances.import_image(request).await?)))
+}
+
+/// Show an image.
+#[utoipa::path(get, path = "/v1/images/{id}", tag = "images", params(("id" = String, Path, description = "id or name")),
+    responses((status = 200, body = Image), (status = "default", body = ErrorBody)))]
+pub async fn image(State(api): State<Arc<Api>>, Path(id): Path<String>) -> Result<Json<Arc<Image>>, Refusal> {
+    let found = api.instances.images().into_iter().find(|image| image.id == id || image.name == id);
+    Ok(Json(found.ok_or_else(|| Error::not_found(Kind::Image, &id))?))
+}
+
+/// Delete an image that nothing is made of.
+#[utoipa::path(delete, path = "/v1/images/{id}", tag = "images", params(("id" = String, Path, description = "id or name")),
+    responses((status = 204), (status = "default", body = ErrorBody)))]
+pub async fn delete_image(
+    State(api): State<Arc<Api>>,
+    Path(id): Path<String>,
+) -> Result<StatusCode, Refusal> {
+    api.instances.delete_image(&id).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// List key pairs.
+#[utoipa::path(get, path = "/v1/key-pairs", tag = "key pairs",
+    responses((status = 200, body = List<KeyPair>), (status = "default", body = ErrorBody)))]
+pub async fn key_pairs(State(api): State<Arc<Api>>) -> Json<List<KeyPair>> {
+    Json(List::all(api.instances.key_pairs()))
+}
+
+/// Make a key pair, or import one.
+#[utoipa::path(post, path = "/v1/key-pairs", tag = "key pairs", request_body = CreateKeyPair,
+    responses((status = 201, body = CreatedKeyPair), (status = "default", body = ErrorBody)))]
+pub async fn create_key_pair(
+    State(api): State<Arc<Api>>,
+    Body(request): Body<CreateKeyPair>,
+) -> Result<(StatusCode, Json<CreatedKeyPair>), Refusal> {
+    Ok((StatusCode::CREATED, Json(api.instances.create_key_pair(request).await?)))
+}
+
+/// Delete a key pair. Instances that have it keep it.
+#[utoipa::path(delete, path = "/v1/key-pairs/{id}", tag = "key pairs", params(("id" = String, Path, description = "id or name")),
+    responses((status = 204), (status = "default", body = ErrorBody)))]
+pub async fn delete_key_pair(
+    State(api): State<Arc<Api>>,
+    Path(id): Path<String>,
+) -> Result<StatusCode, Refusal> {
+    api.instances.delete_key_pair(&id).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// List networks.
+#[utoipa::path(get, path = "/v1/networks", tag = "networks",
+    responses((status = 200, body = List<Network>), (status = "default", body = ErrorBody)))]
+pub async fn networks(State(api): State<Arc<Api>>) -> Json<List<Network>> {
+    Json(List::all(api.instances.networks()))
+}
+
+/// Make a network, with a security group `default`.
+#[utoipa::path(post, path = "/v1/networks", tag = "networks", request_body = CreateNetwork,
+    responses((status = 201, body = Network), (status = "default", body = ErrorBody)))]
+pub async fn create_network(
+    State(api): State<Arc<Api>>,
+    Body(request): Body<CreateNetwork>,
+) -> Result<(StatusCode, Json<Arc<Network>>), Refusal> {
+    Ok((StatusCode::CREATED, Json(api.instances.create_network(request).await?)))
+}
+
+/// Delete a network that no instance is in, with its security groups.
+#[utoipa::path(delete, path = "/v1/networks/{id}", tag = "networks", params(("id" = String, Path, description = "id or name")),
+    responses((status = 204), (status = "default", body = ErrorBody)))]
+pub async fn delete_network(
+    State(api): State<Arc<Api>>,
+    Path(id): Path<String>,
+) -> Result<StatusCode, Refusal> {
+    api.instances.delete_network(&id).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// List security groups.
+#[utoipa::path(get, path = "/v1/security-groups", tag = "security groups",
+    responses((status = 200, body = List<SecurityGroup>), (status = "default", body = ErrorBody)))]
+pub async fn security_groups(State(api): State<Arc<Api>>) -> Json<List<SecurityGroup>> {
+    Json(List::all(api.instances.security_groups()))
+}
+
+/// Make a security group.
+#[utoipa::path(post, path = "/v1/security-groups", tag = "security groups", request_body = CreateSecurityGroup,
+    responses((status = 201, body = SecurityGroup), (status = "default", body = ErrorBody)))]
+pub async fn create_security_group(
+    State(api): State<Arc<Api>>,
+    Body(request): Body<CreateSecurityGroup>,
+) -> Result<(StatusCode, Json<Arc<SecurityGroup>>), Refusal> {
+    Ok((StatusCode::CREATED, Json(api.instances.create_security_group(request).await?)))
+}
+
+/// Replace a security group's rules. Members feel it at once.
+#[utoipa::path(patch, path = "/v1/security-groups/{id}", tag = "security groups", params(("id" = String, Path)),
+    request_body = ModifyRules,
+    responses((status = 200, body = SecurityGroup), (status = "default", body = ErrorBody)))]
+pub async fn modify_rules(
+    State(api): State<Arc<Api>>,
+    Path(id): Path<String>,
+    Body(request): Body<ModifyRules>,
+) -> Result<Json<Arc<SecurityGroup>>, Refusal> {
+    Ok(Json(api.instances.modify_rules(&id, &request).await?))
+}
+
+/// Delete a security group that nothing uses.
+#[utoipa::path(delete, path = "/v1/security-groups/{id}", tag = "security groups", params(("id" = String, Path)),
+    responses((status = 204), (status = "default", body = ErrorBody)))]
+pub async fn delete_security_group(
+    State(api): State<Arc<Api>>,
+    Path(id): Path<String>,
+) -> Result<StatusCode, Refusal> {
+    api.instances.delete_security_group(&id).await?;
+    Ok(StatusCode::NO_CONTENT)
+}

@@ -1,0 +1,522 @@
+//! The driver of one instance: it alone acts on the instance's microVM, disks and interface, until what is
+//! there is what its record asks for, and writes down what is.
+//!
+//! ```text
+//!            ┌───────────────── record changed, machine ended, time passed ◀──────────────┐
+//!            ▼                                                                            │
+//!   look at record and machine ─▶ Running wanted, no machine ──▶ disks, interface, boot ──┤
+//!                              ─▶ another boot wanted ─────────▶ stop the machine ────────┤
+//!                              ─▶ Stopped wanted ──────────────▶ stop, unplug ────────────┤
+//!                              ─▶ Terminated wanted ───────────▶ stop, unplug, remove ────┘
+//! ```
+//!
+//! Every step can be done again: a daemon killed between any two of them starts over from what the record says
+//! and what it finds. A machine that ends by itself is told apart by how: a guest that powered off stays
+//! stopped, one that rebooted boots again, and one that failed is started anew, after a pause that grows.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::time::{Instant as Moment, sleep, timeout};
+
+use super::error::Error;
+use super::host::Host;
+use super::launch;
+use super::lifecycle::enter;
+use crate::fault;
+use crate::microvm::{Ending, MicroVm, Reason, Stop};
+use crate::model::{
+    BootReport, Check, Desired, Instance, InstanceState, ShutdownBehavior, StateReason, StatusChecks, Volume,
+    reason,
+};
+
+/// Before a failed machine is started again.
+const LONGEST_PAUSE: Duration = Duration::from_secs(300);
+/// Failures in a row after which the instance is stopped.
+const FAILURES: u32 = 5;
+/// A machine that ran this long has not failed in a row with the one before.
+const HEALTHY_AFTER: Duration = Duration::from_secs(600);
+/// A guest's agent that has not answered by then is impaired.
+const AGENT_WITHIN: Duration = Duration::from_secs(120);
+/// Between two looks at a guest.
+const CHECK_EVERY: Duration = Duration::from_secs(30);
+/// For one look.
+const CHECK_WITHIN: Duration = Duration::from_secs(10);
+/// After an error that is the host's, such as a full disk.
+const RETRY_AFTER: Duration = Duration::from_secs(5);
+
+/// A machine and the boot it is.
+struct Booted {
+    vm: MicroVm,
+    generation: u64,
+    since: Moment,
+}
+
+pub(super) struct Driver {
+    host: Host,
+    id: String,
+    wake: Arc<Notify>,
+    machine: Option<Booted>,
+    /// Told what machine there is, for those who want to talk to it.
+    current: tokio::sync::watch::Sender<Option<MicroVm>>,
+    failures: u32,
+}
+
+impl Driver {
+    pub fn new(
+        host: Host,
+        id: String,
+        wake: Arc<Notify>,
+        current: tokio::sync::watch::Sender<Option<MicroVm>>,
+        adopted: Option<(MicroVm, u64)>,
+    ) -> Self {
+        current.send_replace(adopted.as_ref().map(|(vm, _)| vm.clone()));
+        let machine = adopted.map(|(vm, generation)| Booted { vm, generation, since: Moment::now() });
+        Driver { host, id, wake, machine, current, failures: 0 }
+    }
+
+    /// Drives until the instance's record is gone.
+    pub async fn run(mut self) {
+        while let Some(instance) = self.host.records.get::<Instance>(&self.id) {
+            let done = self.step(&instance).await;
+            if let Err(error) = done {
+                tracing::warn!(instance = self.id, "will be tried again: {error}");
+                tokio::select! {
+                    () = sleep(RETRY_AFTER) => {}
+                    () = self.wake.notified() => {}
+                }
+            }
+        }
+    }
+
+    /// One round: does what is next, or waits until there is something to do.
+    async fn step(&mut self, instance: &Instance) -> Result<(), Error> {
+        match (instance.desired, &self.machine) {
+            (Desired::Running, None) => self.boot(instance).await,
+            (Desired::Running, Some(machine)) if machine.generation != instance.generation => {
+                let stop = Stop::Reboot { grace: self.host.limits.stop_within };
+                self.end_machine(stop).await;
+                Ok(())
+            }
+            (Desired::Running, Some(_)) => self.watch(instance).await,
+            (Desired::Stopped, _) if instance.state == InstanceState::Stopped && self.machine.is_none() => {
+                self.wake.notified().await;
+                Ok(())
+            }
+            (Desired::Stopped, _) => self.stop(instance).await,
+            (Desired::Terminated, _) if instance.state == InstanceState::Terminated => {
+                self.forget(instance).await
+            }
+            (Desired::Terminated, _) => self.terminate(instance).await,
+        }
+    }
+
+    async fn boot(&mut self, instance: &Instance) -> Result<(), Error> {
+        if instance.state != InstanceState::Pending && instance.state != InstanceState::Running {
+            self.set_state(InstanceState::Pending, instance.state_reason.clone()).await?;
+        }
+        let begun = Moment::now();
+        let mut report = BootReport::default();
+        match self.try_boot(instance, begun, &mut report).await {
+            Ok(vm) => {
+                fault::point("instance.booted");
+                self.current.send_replace(Some(vm.clone()));
+                self.machine = Some(Booted { vm, generation: instance.generation, since: Moment::now() });
+                let (id, now) = (&self.id, self.host.now());
+                let modified = self.host.records.modify(id, |instance: &mut Instance| {
+                    if instance.desired == Desired::Running {
+                        enter(instance, InstanceState::Running, None, now);
+                        instance.boot = Some(report);
+                        instance.status = StatusChecks {
+                            vmm: Check::Ok,
+                            agent: Check::Initializing,
+                            network: Check::Initializing,
+                        };
+                    }
+                    Ok::<_, Error>(())
+                });
+                modified.await.map(drop)
+            }
+            Err(Failed::Superseded) => Ok(()),
+            Err(Failed::Because(why)) => self.failed(why).await,
+        }
+    }
+
+    /// Disks, interface, microVM. What was begun is undone by whoever comes next: `failed`, `stop`, or a next try.
+    async fn try_boot(
+        &self,
+        instance: &Instance,
+        begun: Moment,
+        report: &mut BootReport,
+    ) -> Result<MicroVm, Failed> {
+        let micros = || u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let (host, of) = (self.host.clone(), instance.clone());
+        let disks = tokio::task::spawn_blocking(move || launch::make_disks(&host, &of));
+        disks.await.map_err(|error| Failed::because(&error))?.map_err(|error| Failed::because(&error))?;
+        report.disks_us = Some(micros());
+        fault::point("instance.disks");
+        let attached = self.host.wiring.attach(&self.host.records, &self.id).await;
+        attached.map_err(|error| Failed::because(&error))?;
+        report.network_us = Some(micros());
+        fault::point("instance.network");
+        let spec = launch::spec(&self.host, instance).map_err(|error| Failed::because(&error))?;
+        let vm = self.host.machines.create(spec);
+        let starting = vm.clone();
+        let mut started = std::pin::pin!(starting.started());
+        loop {
+            tokio::select! {
+                result = &mut started => match result {
+                    Ok(()) => break,
+                    Err(ending) => return Err(Failed::because(&ending.reason)),
+                },
+                () = self.wake.notified() => {
+                    let wanted = self.host.records.get::<Instance>(&self.id);
+                    let still = wanted.is_some_and(|now| {
+                        now.desired == Desired::Running && now.generation == instance.generation
+                    });
+                    if !still {
+                        vm.stop(Stop::Force).await;
+                        return Err(Failed::Superseded);
+                    }
+                }
+            }
+        }
+        let times = vm.times();
+        let in_micros = |time: Option<Duration>| time.and_then(|time| u64::try_from(time.as_micros()).ok());
+        report.vmm_us =
+            in_micros(times.api_ready).map(|us| us.saturating_add(report.network_us.unwrap_or(0)));
+        report.started_us = Some(micros());
+        Ok(vm)
+    }
+
+    /// Looks after a running machine until the record changes or the machine ends.
+    async fn watch(&mut self, instance: &Instance) -> Result<(), Error> {
+        let Some(machine) = &self.machine else { return Ok(()) };
+        let (vm, since) = (machine.vm.clone(), machine.since);
+        if instance.state != InstanceState::Running {
+            // Adopted: it was booted, but that was not written down.
+            self.set_state(InstanceState::Running, None).await?;
+        }
+        let mut wait = Duration::ZERO;
+        loop {
+            tokio::select! {
+                ending = vm.ended() => return self.ended(&ending, since).await,
+                () = self.wake.notified() => {
+                    let now = self.host.records.get::<Instance>(&self.id);
+                    let same = |now: Arc<Instance>| {
+                        now.desired == instance.desired && now.generation == instance.generation
+                    };
+                    if !now.is_some_and(same) {
+                        return Ok(());
+                    }
+                    self.update_guest().await;
+                }
+                status = self.check(&vm, since, wait) => {
+                    wait = CHECK_EVERY;
+                    self.write_status(status, &vm, since).await?;
+                }
+            }
+        }
+    }
+
+    /// Tells a running guest's metadata and network what has changed of its record.
+    async fn update_guest(&self) {
+        if !self.host.wiring.is_connected() {
+            return;
+        }
+        let Some(instance) = self.host.records.get::<Instance>(&self.id) else { return };
+        if let Err(error) = self.host.wiring.attach(&self.host.records, &self.id).await {
+            tracing::warn!(instance = self.id, "its network could not be changed: {error}");
+        }
+        let document = super::metadata::document(&self.host.records.read(), &instance);
+        if let Some(machine) = &self.machine
+            && let Err(error) = machine.vm.put_metadata(document).await
+        {
+            tracing::warn!(instance = self.id, "its metadata could not be changed: {error}");
+        }
+    }
+
+    async fn check(&self, vm: &MicroVm, since: Moment, wait: Duration) -> StatusChecks {
+        sleep(wait).await;
+        let within = if wait.is_zero() {
+            AGENT_WITHIN.saturating_sub(since.elapsed()).max(CHECK_WITHIN)
+        } else {
+            CHECK_WITHIN
+        };
+        let health = async {
+            let mut agent = vm.agent(within).await.ok()?;
+            tokio::task::spawn_blocking(move || agent.health()).await.ok()?.ok()
+        };
+        let health = timeout(within + CHECK_WITHIN, health).await.ok().flatten();
+        let network = match &health {
+            _ if !self.host.wiring.is_connected() => Check::NotApplicable,
+            None => Check::Unknown,
+            Some(health) if health.problems.iter().any(|problem| problem.contains("eth0")) => Check::Impaired,
+            Some(_) => Check::Ok,
+        };
+        let agent = if health.is_some() { Check::Ok } else { Check::Impaired };
+        StatusChecks { vmm: Check::Ok, agent, network }
+    }
+
+    async fn write_status(&self, status: StatusChecks, vm: &MicroVm, since: Moment) -> Result<(), Error> {
+        let times = vm.times();
+        let in_micros = |time: Option<Duration>| time.and_then(|time| u64::try_from(time.as_micros()).ok());
+        let agent_us = u64::try_from(since.elapsed().as_micros()).ok();
+        let modified = self.host.records.modify(&self.id, |instance: &mut Instance| {
+            if instance.state == InstanceState::Running {
+                instance.status = status;
+            }
+            if let Some(boot) = &mut instance.boot
+                && boot.agent_us.is_none()
+                && status.agent == Check::Ok
+            {
+                boot.guest_init_us = in_micros(times.guest_init);
+                boot.agent_us =
+                    boot.started_us.zip(agent_us).map(|(started, agent)| started.saturating_add(agent));
+            }
+            Ok::<_, Error>(())
+        });
+        modified.await.map(drop)
+    }
+
+    /// The machine has ended by itself.
+    async fn ended(&mut self, ending: &Ending, since: Moment) -> Result<(), Error> {
+        self.machine = None;
+        self.current.send_replace(None);
+        if since.elapsed() >= HEALTHY_AFTER {
+            self.failures = 0;
+        }
+        tracing::info!(instance = self.id, "its machine ended: {}", ending.reason);
+        let now = self.host.now();
+        match ending.reason {
+            Reason::PoweredOff => {
+                let modified = self.host.records.modify(&self.id, |instance: &mut Instance| {
+                    if instance.desired == Desired::Running {
+                        let (desired, state) = match instance.shutdown_behavior {
+                            ShutdownBehavior::Stop => (Desired::Stopped, InstanceState::Stopping),
+                            ShutdownBehavior::Terminate => (Desired::Terminated, InstanceState::ShuttingDown),
+                        };
+                        instance.desired = desired;
+                        enter(
+                            instance,
+                            state,
+                            Some(reason::guest_initiated("the guest powered itself off")),
+                            now,
+                        );
+                    }
+                    Ok::<_, Error>(())
+                });
+                modified.await.map(drop)
+            }
+            Reason::Rebooted => {
+                let modified = self.host.records.modify(&self.id, |instance: &mut Instance| {
+                    instance.generation = instance.generation.saturating_add(1);
+                    Ok::<_, Error>(())
+                });
+                modified.await.map(drop)
+            }
+            Reason::Detached => std::future::pending().await,
+            ref other => self.failed(reason::internal(other.to_string())).await,
+        }
+    }
+
+    /// Starts again after a pause, or gives up.
+    async fn failed(&mut self, why: StateReason) -> Result<(), Error> {
+        self.failures = self.failures.saturating_add(1);
+        tracing::warn!(instance = self.id, failures = self.failures, "it failed: {}", why.message);
+        self.host.wiring.detach(&self.tap()).await?;
+        let give_up = self.failures >= FAILURES;
+        let now = self.host.now();
+        let modified = self.host.records.modify(&self.id, |instance: &mut Instance| {
+            if instance.desired != Desired::Running {
+                return Ok(());
+            }
+            if give_up {
+                instance.desired = Desired::Stopped;
+                enter(instance, InstanceState::Stopping, Some(why.clone()), now);
+            } else {
+                instance.generation = instance.generation.saturating_add(1);
+                instance.state_reason = Some(why.clone());
+                instance.status =
+                    StatusChecks { vmm: Check::Impaired, agent: Check::Unknown, network: Check::Unknown };
+            }
+            Ok::<_, Error>(())
+        });
+        modified.await?;
+        if give_up {
+            self.failures = 0;
+            return Ok(());
+        }
+        let pause =
+            self.host.limits.retry_after.saturating_mul(1 << self.failures.min(16)).min(LONGEST_PAUSE);
+        let until = Moment::now() + pause;
+        loop {
+            tokio::select! {
+                () = tokio::time::sleep_until(until) => return Ok(()),
+                () = self.wake.notified() => {
+                    let instance = self.host.records.get::<Instance>(&self.id);
+                    if instance.is_none_or(|instance| instance.desired != Desired::Running) {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+    }
+
+    async fn stop(&mut self, instance: &Instance) -> Result<(), Error> {
+        if instance.state != InstanceState::Stopping {
+            self.set_state(InstanceState::Stopping, instance.state_reason.clone()).await?;
+        }
+        self.end_machine(self.how_to_stop(instance)).await;
+        fault::point("instance.stopped-machine");
+        let detached = self.host.wiring.detach(&instance.interface.tap).await;
+        detached?;
+        fault::point("instance.unplugged");
+        let now = self.host.now();
+        let modified = self.host.records.modify(&self.id, |instance: &mut Instance| {
+            if instance.desired == Desired::Stopped {
+                let why = instance.state_reason.take();
+                enter(instance, InstanceState::Stopped, why, now);
+                instance.status = StatusChecks::default();
+                instance.force_stop = false;
+            }
+            Ok::<_, Error>(())
+        });
+        modified.await.map(drop)
+    }
+
+    async fn terminate(&mut self, instance: &Instance) -> Result<(), Error> {
+        self.end_machine(self.how_to_stop(instance)).await;
+        fault::point("instance.stopped-machine");
+        let detached = self.host.wiring.detach(&instance.interface.tap).await;
+        detached?;
+        fault::point("instance.unplugged");
+        let now = self.host.now();
+        self.host
+            .records
+            .update(|tables, changes| {
+                let Some(current) = tables.instances.get(&self.id) else { return Ok::<_, Error>(()) };
+                let mut instance = (**current).clone();
+                let why = instance.state_reason.take();
+                enter(&mut instance, InstanceState::Terminated, why, now);
+                instance.status = StatusChecks::default();
+                changes.replace(tables, &instance);
+                let own = tables.volumes.iter().filter(|volume| {
+                    volume.attachment.as_ref().is_some_and(|attachment| attachment.instance_id == self.id)
+                });
+                for volume in own {
+                    let mut volume = (**volume).clone();
+                    let goes =
+                        volume.attachment.take().is_some_and(|attachment| attachment.delete_on_termination);
+                    volume.state = if goes {
+                        crate::model::VolumeState::Deleting
+                    } else {
+                        crate::model::VolumeState::Available
+                    };
+                    changes.replace(tables, &volume);
+                }
+                Ok(())
+            })
+            .await?;
+        fault::point("instance.terminated");
+        Ok(())
+    }
+
+    /// Removes the files and, after a while, the record of a terminated instance.
+    async fn forget(&mut self, instance: &Instance) -> Result<(), Error> {
+        let doomed: Vec<String> = {
+            let tables = self.host.records.read();
+            let doomed = tables.volumes.iter().filter(|volume| {
+                volume.id == instance.root_volume && volume.state == crate::model::VolumeState::Deleting
+            });
+            doomed.map(|volume| volume.id.clone()).collect()
+        };
+        for id in doomed {
+            let (volumes, volume) = (self.host.volumes.clone(), id.clone());
+            let deleted = tokio::task::spawn_blocking(move || volumes.delete(&volume)).await;
+            match deleted.map_err(|error| Error::Internal(error.to_string()))? {
+                Ok(()) | Err(crate::volume::VolumeError::NotFound { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+            fault::point("instance.disk-removed");
+            self.host
+                .records
+                .update(|tables, changes| {
+                    if tables.volumes.get(&id).is_some() {
+                        changes.delete::<Volume>(tables, &id);
+                    }
+                    Ok::<_, Error>(())
+                })
+                .await?;
+        }
+        let visible = (self.host.now() - instance.state_since).to_std().unwrap_or_default();
+        let rest = self.host.limits.terminated_visible.saturating_sub(visible);
+        sleep(rest).await;
+        let console = launch::console_log(&self.host, &self.id);
+        let _ = tokio::fs::remove_file(&console).await;
+        let _ = tokio::fs::remove_file(console.with_extension("console.1")).await;
+        self.host
+            .records
+            .update(|tables, changes| {
+                if tables.instances.get(&self.id).is_some() {
+                    changes.delete::<Instance>(tables, &self.id);
+                }
+                Ok::<_, Error>(())
+            })
+            .await
+    }
+
+    fn how_to_stop(&self, instance: &Instance) -> Stop {
+        if instance.force_stop { Stop::Force } else { Stop::Orderly { grace: self.host.limits.stop_within } }
+    }
+
+    /// Ends the machine, if there is one; sooner if the record is changed to say so.
+    async fn end_machine(&mut self, how: Stop) {
+        let Some(machine) = self.machine.take() else { return };
+        let mut stopping = std::pin::pin!(machine.vm.stop(how));
+        loop {
+            tokio::select! {
+                ending = &mut stopping => {
+                    if let Some(error) = &ending.left_behind {
+                        tracing::warn!(instance = self.id, "not all of its machine could be removed: {error}");
+                    }
+                    break;
+                }
+                () = self.wake.notified() => {
+                    let instance = self.host.records.get::<Instance>(&self.id);
+                    if instance.is_some_and(|instance| instance.force_stop) {
+                        machine.vm.stop(Stop::Force).await;
+                    }
+                }
+            }
+        }
+        self.current.send_replace(None);
+    }
+
+    fn tap(&self) -> String {
+        self.host.wiring.tap_name(&self.id)
+    }
+
+    async fn set_state(&self, state: InstanceState, why: Option<StateReason>) -> Result<(), Error> {
+        let now = self.host.now();
+        let modified = self.host.records.modify(&self.id, |instance: &mut Instance| {
+            enter(instance, state, why.clone(), now);
+            Ok::<_, Error>(())
+        });
+        modified.await.map(drop)
+    }
+}
+
+/// Why a boot came to nothing.
+enum Failed {
+    /// Something else is wanted meanwhile.
+    Superseded,
+    Because(StateReason),
+}
+
+impl Failed {
+    fn because(why: &impl ToString) -> Self {
+        Failed::Because(reason::internal(why.to_string()))
+    }
+}

@@ -1,0 +1,103 @@
+//! What goes on inside an instance's guest: its console, commands run by its agent; and waiting for it.
+
+use std::io::{Read, Seek, SeekFrom};
+use std::sync::Arc;
+use std::time::Duration;
+
+use pulau_agent_protocol::client::Output;
+use pulau_agent_protocol::message::ExecRequest;
+
+use super::error::Error;
+use super::{Service, find, launch};
+use crate::model::{Check, Desired, Instance, InstanceState};
+
+/// How much of a console is shown.
+const CONSOLE_TAIL: u64 = 64 * 1024;
+/// Output of a command that is kept, each stream.
+const OUTPUT: usize = 1 << 20;
+
+impl Service {
+    /// Waits until an instance is in a state (and its agent answers).
+    ///
+    /// # Errors
+    ///
+    /// There is no such instance (any more), or it will not come there unless it is asked to.
+    pub async fn wait(&self, id: &str, state: InstanceState, agent: bool) -> Result<Arc<Instance>, Error> {
+        let mut changes = self.host.records.subscribe();
+        loop {
+            let instance = self.get(id)?;
+            let there = instance.state == state && (!agent || instance.status.agent == Check::Ok);
+            if there {
+                return Ok(instance);
+            }
+            let comes = match state {
+                InstanceState::Pending | InstanceState::Running => Desired::Running,
+                InstanceState::Stopping | InstanceState::Stopped => Desired::Stopped,
+                InstanceState::ShuttingDown | InstanceState::Terminated => Desired::Terminated,
+            };
+            let settled = matches!(instance.state, InstanceState::Stopped | InstanceState::Terminated);
+            if settled && instance.desired != comes {
+                let why = instance.state_reason.as_ref().map(|why| format!(": {}", why.message));
+                return Err(Error::Guest {
+                    id: id.to_owned(),
+                    problem: format!("it is {}{}", instance.state.name(), why.unwrap_or_default()),
+                });
+            }
+            // Others' changes wake us, too; looking again costs little.
+            let _ = changes.recv().await;
+        }
+    }
+
+    /// The end of what an instance wrote to its console.
+    ///
+    /// # Errors
+    ///
+    /// There is no such instance.
+    pub async fn console(&self, id: &str) -> Result<String, Error> {
+        find::instance(&self.host.records.read(), id)?;
+        let path = launch::console_log(&self.host, id);
+        let read = tokio::task::spawn_blocking(move || -> std::io::Result<Vec<u8>> {
+            let mut file = match std::fs::File::open(&path) {
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+                file => file?,
+            };
+            let length = file.metadata()?.len();
+            file.seek(SeekFrom::Start(length.saturating_sub(CONSOLE_TAIL)))?;
+            let mut text = Vec::new();
+            file.take(CONSOLE_TAIL).read_to_end(&mut text)?;
+            Ok(text)
+        });
+        let text = read.await.map_err(|error| Error::Internal(error.to_string()))?;
+        let text = text.map_err(|error| Error::Internal(format!("console of {id}: {error}")))?;
+        Ok(String::from_utf8_lossy(&text).into_owned())
+    }
+
+    /// Runs a command in a guest and waits for it.
+    ///
+    /// # Errors
+    ///
+    /// The instance does not run, its agent does not answer, or the command cannot be run or takes too long.
+    pub async fn exec(
+        &self,
+        id: &str,
+        argv: Vec<String>,
+        stdin: String,
+        user: Option<String>,
+        limit: Duration,
+    ) -> Result<Output, Error> {
+        let vm = self.machine(id)?;
+        let problem = |problem: String| Error::Guest { id: id.to_owned(), problem };
+        let run = async {
+            let agent = vm.agent(limit).await.map_err(|error| problem(error.to_string()))?;
+            let request = ExecRequest { argv, user, stdin: !stdin.is_empty(), ..Default::default() };
+            let run = tokio::task::spawn_blocking(move || agent.output(&request, stdin.as_bytes()));
+            let output = run.await.map_err(|error| Error::Internal(error.to_string()))?;
+            output.map_err(|error| problem(error.to_string()))
+        };
+        let limited = tokio::time::timeout(limit, run).await;
+        let mut output = limited.map_err(|_| Error::Timeout(limit.as_secs()))??;
+        output.stdout.truncate(OUTPUT);
+        output.stderr.truncate(OUTPUT);
+        Ok(output)
+    }
+}
