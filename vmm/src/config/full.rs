@@ -1,8 +1,11 @@
 //! A whole configuration as one JSON object: `--config-file`, and `GET /vm/config`.
 
 use std::collections::BTreeMap;
+use std::fmt;
+use std::path::PathBuf;
 
-use serde::de::Error as _;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{Error as _, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
@@ -13,7 +16,7 @@ use super::{
 };
 
 /// A whole configuration, in the shape of Firecracker's configuration file. What is absent is not
-/// configured. `cpu-config` is the configuration itself, not the path of a file with it.
+/// configured.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct FullVmConfig {
@@ -22,7 +25,7 @@ pub struct FullVmConfig {
     pub drives: Vec<DriveConfig>,
     #[serde(default)]
     pub boot_source: BootSourceConfig,
-    pub cpu_config: Option<CpuConfig>,
+    pub cpu_config: Option<CpuConfigSource>,
     pub logger: Option<LoggerConfig>,
     pub machine_config: Option<MachineConfig>,
     pub metrics: Option<MetricsConfig>,
@@ -44,6 +47,38 @@ pub struct FullVmConfig {
     pub unknown: BTreeMap<String, Value>,
 }
 
+/// `cpu-config` as a configuration file has it: the configuration, or the path of a file with it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum CpuConfigSource {
+    Inline(CpuConfig),
+    File(PathBuf),
+}
+
+impl<'de> Deserialize<'de> for CpuConfigSource {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Either;
+
+        // An untagged enum would not say what is wrong with the configuration.
+        impl<'de> Visitor<'de> for Either {
+            type Value = CpuConfigSource;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a CPU configuration or the path of a file with one")
+            }
+
+            fn visit_str<E>(self, path: &str) -> Result<Self::Value, E> {
+                Ok(CpuConfigSource::File(path.into()))
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
+                CpuConfig::deserialize(MapAccessDeserializer::new(map)).map(CpuConfigSource::Inline)
+            }
+        }
+        deserializer.deserialize_any(Either)
+    }
+}
+
 /// A part of Firecracker's configuration that there is not. It cannot be made, also not by reading it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub enum NotSupported {}
@@ -57,7 +92,8 @@ impl<'de> Deserialize<'de> for NotSupported {
 impl TryFrom<FullVmConfig> for VmConfig {
     type Error = ConfigError;
 
-    /// Everything but `logger` and `metrics`, which are of the process and not of the microVM.
+    /// Everything but `logger` and `metrics`, which are of the process and not of the microVM. A
+    /// `cpu-config` that is a path must have been read before.
     fn try_from(full: FullVmConfig) -> Result<Self, ConfigError> {
         if let Some((name, _)) = full.unknown.iter().find(|(_, value)| !value.is_null()) {
             return Err(ConfigError::UnknownField { name: name.clone() });
@@ -66,8 +102,12 @@ impl TryFrom<FullVmConfig> for VmConfig {
         if let Some(machine) = full.machine_config {
             config.set_machine(machine)?;
         }
-        if let Some(cpu) = full.cpu_config {
-            config.set_cpu(cpu)?;
+        match full.cpu_config {
+            Some(CpuConfigSource::Inline(cpu)) => config.set_cpu(cpu)?,
+            Some(CpuConfigSource::File(path)) => {
+                return Err(ConfigError::Cpu { problem: format!("{} was not read", path.display()) });
+            }
+            None => {}
         }
         config.set_boot_source(full.boot_source)?;
         for drive in full.drives {
@@ -104,7 +144,7 @@ impl From<&VmConfig> for FullVmConfig {
             balloon: config.balloon.clone(),
             drives: config.drives.clone(),
             boot_source: config.boot_source.clone().unwrap_or_default(),
-            cpu_config: config.cpu.clone(),
+            cpu_config: config.cpu.clone().map(CpuConfigSource::Inline),
             logger: None,
             machine_config: Some(config.machine.clone()),
             metrics: None,

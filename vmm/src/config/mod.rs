@@ -43,7 +43,7 @@ pub use cpu::{
 pub use drive::{CacheType, DriveConfig, DriveUpdate, IoEngine};
 pub use entropy::EntropyConfig;
 pub use error::ConfigError;
-pub use full::{FullVmConfig, NotSupported};
+pub use full::{CpuConfigSource, FullVmConfig, NotSupported};
 pub use id::{check_device_id, check_instance_id};
 pub use instance::{InstanceInfo, VmState};
 pub use logger::{LogLevel, LoggerConfig};

@@ -21,6 +21,8 @@ pub enum ControlError {
     Config(#[from] ConfigError),
     #[error("{section}: {field} {path:?}: {problem}", path = path.display().to_string())]
     File { section: &'static str, field: &'static str, path: PathBuf, problem: String },
+    #[error("cpu-config: file {path:?}: {problem}", path = path.display().to_string())]
+    CpuFile { path: PathBuf, problem: String },
     #[error("drives: an update of drive {id} needs path_on_host or rate_limiter")]
     EmptyDriveUpdate { id: String },
     #[error("balloon: no balloon was configured before the start")]

@@ -1,12 +1,13 @@
 //! An early look at the files a configuration names, so that the request that names a wrong one is the one
-//! that fails. Opening, locking and measuring them is the machine's, when it starts.
+//! that fails. Opening, locking and measuring them is the machine's, when it starts. The one file that is
+//! read here is a CPU configuration.
 
 use std::fs::Metadata;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
 use super::ControlError;
-use crate::config::{BootSourceConfig, DriveConfig, PmemConfig};
+use crate::config::{BootSourceConfig, CpuConfig, DriveConfig, PmemConfig};
 
 /// Looks at kernel and initrd.
 pub(super) fn check_boot_source(config: &BootSourceConfig) -> Result<(), ControlError> {
@@ -30,6 +31,13 @@ pub(super) fn check_drive_path(path: &Path) -> Result<(), ControlError> {
 /// Looks at the file behind a pmem device.
 pub(super) fn check_pmem(config: &PmemConfig) -> Result<(), ControlError> {
     check("pmem", "path_on_host", &config.path_on_host, Metadata::is_file)
+}
+
+/// Reads the CPU configuration a configuration file names.
+pub(super) fn read_cpu_config(path: &Path) -> Result<CpuConfig, ControlError> {
+    let read =
+        || -> Result<_, Box<dyn std::error::Error>> { Ok(serde_json::from_slice(&std::fs::read(path)?)?) };
+    read().map_err(|error| ControlError::CpuFile { path: path.to_owned(), problem: error.to_string() })
 }
 
 fn check(

@@ -25,8 +25,8 @@
 //! loop ends the process with one of the codes in [`crate::exit`], whatever state this is in.
 //!
 //! The configuration is kept after the start and follows every update, so that the client reads what
-//! is, not what was. The controller makes no system call but to look at files a request names; it knows
-//! neither HTTP nor KVM.
+//! is, not what was. The controller makes no system call but to look at files a request names, and to
+//! read the CPU configuration a configuration file names; it knows neither HTTP nor KVM.
 
 mod error;
 mod files;
@@ -39,7 +39,7 @@ pub use error::ControlError;
 pub use machine::{Machine, MachineBuilder, MachineError, StartError};
 
 use crate::api::{Action, Answer};
-use crate::config::{FullVmConfig, InstanceInfo, MmdsConfig, VmConfig, VmState};
+use crate::config::{CpuConfigSource, FullVmConfig, InstanceInfo, MmdsConfig, VmConfig, VmState};
 use crate::event_loop::lock;
 use crate::mmds::{Mmds, MmdsError, SharedMmds};
 use crate::{logger, metrics};
@@ -92,12 +92,15 @@ impl Controller {
 
     /// Takes a whole configuration, as from `--config-file`. With an error the microVM's configuration
     /// is as before.
-    pub fn load(&mut self, full: FullVmConfig) -> Result<(), ControlError> {
+    pub fn load(&mut self, mut full: FullVmConfig) -> Result<(), ControlError> {
         if let Some(config) = &full.logger {
             logger::configure(config)?;
         }
         if let Some(config) = &full.metrics {
             metrics::configure(config, &self.instance_id)?;
+        }
+        if let Some(CpuConfigSource::File(path)) = &full.cpu_config {
+            full.cpu_config = Some(CpuConfigSource::Inline(files::read_cpu_config(path)?));
         }
         let config = VmConfig::try_from(full)?;
         if let Some(boot_source) = &config.boot_source {

@@ -492,6 +492,29 @@ fn a_configuration_file_is_taken_whole_or_not_at_all() {
 }
 
 #[test]
+fn a_configuration_file_may_name_a_file_with_the_cpu_configuration() {
+    let mut test = Test::new();
+    let path = test.file("cpu.json");
+    let file = json!({"boot-source": {"kernel_image_path": test.file("kernel")}, "cpu-config": path});
+    let mut load = |text: &str| {
+        std::fs::write(&path, text).unwrap();
+        test.controller.load(serde_json::from_value(file.clone()).unwrap()).map_err(|e| e.to_string())?;
+        Ok(test.controller.config().cpu.clone().unwrap().msr_modifiers.len())
+    };
+    let error: Result<usize, String> = load("{");
+    let error = error.unwrap_err();
+    assert!(error.contains("cpu-config: file") && error.contains("cpu.json\": EOF"), "{error}");
+    let error = load(r#"{"msr_modifiers": [], "colour": 1}"#).unwrap_err();
+    assert!(error.contains("unknown field `colour`"), "{error}");
+    assert_eq!(load(r#"{"msr_modifiers": [{"addr": "0x10", "bitmap": "0b1"}]}"#), Ok(1));
+    let missing = json!({"boot-source": {"kernel_image_path": "k"}, "cpu-config": "/no/file"});
+    let error = test.controller.load(serde_json::from_value(missing).unwrap()).unwrap_err().to_string();
+    assert!(error.contains("cpu-config: file \"/no/file\": No such file"), "{error}");
+    let wrong = serde_json::from_value::<crate::config::FullVmConfig>(json!({"cpu-config": {"colour": 1}}));
+    assert!(wrong.unwrap_err().to_string().contains("unknown field `colour`"));
+}
+
+#[test]
 fn parts_that_are_not_here_say_so() {
     let mut test = Test::new();
     let error = test.fails(Action::Unsupported("Memory hotplug is"));
