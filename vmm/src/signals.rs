@@ -4,7 +4,8 @@
 //! loop, which ends in order. At the latter (a system call the filter forbids, a fault) a handler says so
 //! on standard error and in the log, puts the terminal right, removes the sockets and ends the process with the code of
 //! [`crate::exit`]; it allocates nothing and takes no lock. SIGPIPE and SIGXFSZ are ignored, so that the
-//! write that caused them fails instead.
+//! write that caused them fails instead; and so are SIGTTIN and SIGTTOU, so that a terminal whose foreground
+//! is another's never stops the guest.
 
 use std::ffi::CString;
 use std::io::{self, IsTerminal};
@@ -42,8 +43,10 @@ pub fn install() -> io::Result<()> {
         unsafe { signal::sigaction(signal, &action) }?;
     }
     let ignore = SigAction::new(SigHandler::SigIgn, SaFlags::empty(), SigSet::empty());
-    // SAFETY: ignoring a signal runs no code.
-    unsafe { signal::sigaction(Signal::SIGXFSZ, &ignore) }?;
+    for signal in [Signal::SIGXFSZ, Signal::SIGTTIN, Signal::SIGTTOU] {
+        // SAFETY: ignoring a signal runs no code.
+        unsafe { signal::sigaction(signal, &ignore) }?;
+    }
     Ok(())
 }
 
@@ -119,13 +122,25 @@ pub fn clean_up_at_crash() {
     restore_terminal();
 }
 
+/// Whether standard input is a terminal, and ours to read: not while this is a background process, such as
+/// one started with `&`.
+fn owns_terminal() -> bool {
+    let stdin = io::stdin();
+    stdin.is_terminal() && nix::unistd::tcgetpgrp(stdin.as_fd()) == Ok(nix::unistd::getpgrp())
+}
+
+/// Whether what is typed into the terminal that is standard input is somebody else's.
+pub fn input_is_anothers() -> bool {
+    io::stdin().is_terminal() && !owns_terminal()
+}
+
 /// Gives the guest the terminal: keys come at once, unechoed, and none is a signal. Does nothing where
 /// standard input is no terminal, or is that of a background process.
 pub fn raw_terminal() -> io::Result<()> {
-    let stdin = io::stdin();
-    if !stdin.is_terminal() || nix::unistd::tcgetpgrp(stdin.as_fd()) != Ok(nix::unistd::getpgrp()) {
+    if !owns_terminal() {
         return Ok(());
     }
+    let stdin = io::stdin();
     let mut raw = termios::tcgetattr(&stdin)?;
     TERMINAL.get_or_init(|| raw.clone().into());
     termios::cfmakeraw(&mut raw);

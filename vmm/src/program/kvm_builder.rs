@@ -164,6 +164,8 @@ fn console(config: Option<&SerialConfig>) -> Result<Sink, StartFailure> {
             Input::Client(socket)
         }
         None if file.is_some() => Input::None,
+        // In the background of a terminal, keys are the shell's: waiting for them here would take some away.
+        None if signals::input_is_anothers() => Input::None,
         None => Input::File(own(io::stdin().as_fd()).map_err(StartFailure::Console)?),
     };
     Ok(Sink { output, input })
