@@ -32,7 +32,11 @@ pulau-agent: the guest side of Pulau
   pulau-agent --service [--listen ADDRESS]   serve hosts, under another init
   pulau-agent --version | --help
 
-ADDRESS is vsock:PORT (vsock:1024 if left out) or unix:/path.";
+ADDRESS is vsock:PORT (vsock:1024 if left out) or unix:/path.
+
+Examples:
+  pulau-agent --service                              in a guest whose init is systemd
+  pulau-agent --service --listen unix:/tmp/agent     to try the protocol without a guest";
 
 fn main() -> ExitCode {
     if std::process::id() == 1 {

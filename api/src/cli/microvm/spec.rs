@@ -5,8 +5,8 @@ use std::str::FromStr;
 
 use pulau_agent_protocol::boot::{BootOptions, Overlay};
 use pulau_vmm::config::{
-    BootSourceConfig, ConfigError, DriveConfig, EntropyConfig, HugePages, MachineConfig, SerialConfig,
-    TokenBucketConfig, VmConfig, VsockConfig,
+    BootSourceConfig, CacheType, ConfigError, DriveConfig, EntropyConfig, HugePages, MachineConfig,
+    SerialConfig, TokenBucketConfig, VmConfig, VsockConfig,
 };
 
 use crate::microvm::{JailSpec, Network, Spec};
@@ -144,6 +144,8 @@ impl MachineArgs {
             path_on_host: Some(disk.path.clone()),
             is_root_device: id == "root",
             is_read_only: Some(!writable),
+            // What the guest has flushed is to outlive the host's power, too.
+            cache_type: if writable { CacheType::Writeback } else { CacheType::Unsafe },
             ..Default::default()
         };
         if let Some(root) = &self.rootfs {
@@ -224,6 +226,8 @@ mod tests {
         let plain = spec("--drive /d --drive /e:ro").unwrap();
         let read_only: Vec<_> = plain.vm.drives.iter().map(|d| d.is_read_only).collect();
         assert_eq!(read_only, [Some(true), Some(false), Some(true)]);
+        let flushed: Vec<_> = plain.vm.drives.iter().map(|d| d.cache_type == CacheType::Writeback).collect();
+        assert_eq!(flushed, [false, true, false]);
         assert!(plain.vm.boot_source.unwrap().boot_args().contains("pulau.overlay=tmpfs"));
 
         let writable = spec_with_root("/r:rw", "").unwrap();
