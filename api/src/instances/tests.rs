@@ -17,6 +17,9 @@ use crate::volume::Volumes;
 
 use super::*;
 
+#[path = "chaos_tests.rs"]
+mod chaos;
+
 /// Longer than anything in here takes.
 const PATIENCE: Duration = Duration::from_secs(20);
 
