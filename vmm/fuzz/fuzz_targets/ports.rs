@@ -3,6 +3,7 @@
 
 #![no_main]
 
+use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
@@ -43,7 +44,9 @@ fuzz_target!(|data: &[u8]| DIR.with(|dir| {
     let limit = bucket.filter(|_| input.u8() & 1 != 0);
     let irq = event();
     let line = irq.try_clone().expect("descriptors");
-    let (port, console) = serial::create(irq, Sink::Socket(socket), limit).expect("descriptors");
+    let output = File::options().write(true).open("/dev/null").expect("it is always there");
+    let sink = Sink { output, input: serial::Input::Client(socket) };
+    let (port, console) = serial::create(irq, sink, limit).expect("descriptors");
     let console = Arc::new(Mutex::new(console));
     let mut event_loop = EventLoop::new().expect("an epoll descriptor");
     let events = event_loop.subscribe(console.clone());
