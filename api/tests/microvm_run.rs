@@ -90,7 +90,7 @@ fn impossible_values_are_refused() {
 #[test]
 fn a_signal_stops_a_start_that_hangs() {
     let dir = tempfile::tempdir().unwrap();
-    fs::write(dir.path().join("vmm"), "#!/bin/sh\nexec sleep 60\n").unwrap();
+    fs::write(dir.path().join("vmm"), "#!/bin/sh\n: > \"${0%/*}/started\"\nexec sleep 60\n").unwrap();
     fs::set_permissions(dir.path().join("vmm"), fs::Permissions::from_mode(0o755)).unwrap();
     fs::write(dir.path().join("image"), "").unwrap();
     let child = Command::new(env!("CARGO_BIN_EXE_pulau"))
@@ -100,10 +100,14 @@ fn a_signal_stops_a_start_that_hangs() {
         .env("PULAU_VMM", dir.path().join("vmm"))
         .spawn()
         .unwrap();
-    let home = dir.path().join("data/adhoc/t/vmm.pid");
-    while !home.exists() {
+    let started = dir.path().join("started");
+    for _ in 0..12_000 {
+        if started.exists() {
+            break;
+        }
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
+    assert!(started.exists(), "the VMM was not started within a minute");
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(child.id() as i32), nix::sys::signal::Signal::SIGTERM)
         .unwrap();
     let output = child.wait_with_output().unwrap();

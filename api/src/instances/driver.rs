@@ -23,7 +23,7 @@ use tokio::time::{Instant as Moment, sleep, timeout};
 use super::error::Error;
 use super::host::Host;
 use super::launch;
-use super::lifecycle::enter;
+use super::lifecycle::{boot_anew, enter};
 use crate::fault;
 use crate::microvm::{Ending, MicroVm, Reason, Stop};
 use crate::model::{
@@ -193,7 +193,7 @@ impl Driver {
     /// Looks after a running machine until the record changes or the machine ends.
     async fn watch(&mut self, instance: &Instance) -> Result<(), Error> {
         let Some(machine) = &self.machine else { return Ok(()) };
-        let (vm, since) = (machine.vm.clone(), machine.since);
+        let (vm, since, generation) = (machine.vm.clone(), machine.since, machine.generation);
         if instance.state != InstanceState::Running {
             // Adopted: it was booted, but that was not written down.
             self.set_state(InstanceState::Running, None).await?;
@@ -214,7 +214,7 @@ impl Driver {
                 }
                 status = self.check(&vm, since, wait) => {
                     wait = CHECK_EVERY;
-                    self.write_status(status, &vm, since).await?;
+                    self.write_status(status, &vm, since, generation).await?;
                 }
             }
         }
@@ -259,14 +259,22 @@ impl Driver {
         StatusChecks { vmm: Check::Ok, agent, network }
     }
 
-    async fn write_status(&self, status: StatusChecks, vm: &MicroVm, since: Moment) -> Result<(), Error> {
+    async fn write_status(
+        &self,
+        status: StatusChecks,
+        vm: &MicroVm,
+        since: Moment,
+        generation: u64,
+    ) -> Result<(), Error> {
         let times = vm.times();
         let in_micros = |time: Option<Duration>| time.and_then(|time| u64::try_from(time.as_micros()).ok());
         let agent_us = u64::try_from(since.elapsed().as_micros()).ok();
         let modified = self.host.records.modify(&self.id, |instance: &mut Instance| {
-            if instance.state == InstanceState::Running {
-                instance.status = status;
+            // Another boot may have been asked for meanwhile.
+            if instance.state != InstanceState::Running || instance.generation != generation {
+                return Ok(());
             }
+            instance.status = status;
             if let Some(boot) = &mut instance.boot
                 && boot.agent_us.is_none()
                 && status.agent == Check::Ok
@@ -311,7 +319,7 @@ impl Driver {
             }
             Reason::Rebooted => {
                 let modified = self.host.records.modify(&self.id, |instance: &mut Instance| {
-                    instance.generation = instance.generation.saturating_add(1);
+                    boot_anew(instance);
                     Ok::<_, Error>(())
                 });
                 modified.await.map(drop)

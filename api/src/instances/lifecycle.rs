@@ -10,7 +10,8 @@ use utoipa::ToSchema;
 use super::error::Error;
 use super::{Service, find, run};
 use crate::model::{
-    Desired, Instance, InstanceState, Kind, ShutdownBehavior, Size, StateReason, check_tags, reason,
+    Check, Desired, Instance, InstanceState, Kind, ShutdownBehavior, Size, StateReason, StatusChecks,
+    check_tags, reason,
 };
 
 /// How to stop an instance.
@@ -115,7 +116,7 @@ impl Service {
             if instance.state != InstanceState::Running {
                 return Err(wrong_state(id, instance.state, "only a running instance can be rebooted"));
             }
-            instance.generation = instance.generation.saturating_add(1);
+            boot_anew(instance);
             Ok(())
         })
         .await
@@ -216,6 +217,13 @@ fn wanted_size(request: &ModifyInstance) -> Result<Option<(String, Size)>, Error
 
 fn wrong_state(id: &str, state: InstanceState, needed: &'static str) -> Error {
     Error::State { kind: Kind::Instance, id: id.to_owned(), state: state.name().to_owned(), needed }
+}
+
+/// Asks for another boot. What was known of the one before holds no longer.
+pub(super) fn boot_anew(instance: &mut Instance) {
+    instance.generation = instance.generation.saturating_add(1);
+    instance.status =
+        StatusChecks { vmm: Check::Initializing, agent: Check::Initializing, network: Check::Initializing };
 }
 
 /// Puts an instance into a state.

@@ -205,7 +205,7 @@ impl Service {
             kind: crate::model::Kind::Instance,
             id: id.to_owned(),
             state: instance.state.name().to_owned(),
-            needed: "this takes a running one",
+            needed: "this takes one whose microVM is up: `pulau instance wait --agent` waits for that",
         })
     }
 

@@ -136,6 +136,7 @@ async fn an_instance_runs_stops_starts_reboots_and_is_terminated() {
 
     let rebooted = service.reboot(&id).await.unwrap();
     assert_eq!((rebooted.state, rebooted.generation), (InstanceState::Running, 2));
+    assert_eq!(rebooted.status.agent, Check::Initializing, "the boot before does not count");
     until(&service, &id, |_| simulation.list() == [format!("{id}-2")]).await;
 
     assert_eq!(service.stop(&id, StopInstance::default()).await.unwrap().state, InstanceState::Stopping);
