@@ -41,6 +41,8 @@ use super::process::{Exit, PidFd};
 
 /// How long a killed VMM may take to be gone.
 const DIES_WITHIN: Duration = Duration::from_secs(5);
+/// A process that was killed as it spawned the VMM leaves the lock with what is not the VMM yet, until that is.
+const FORK_WITHIN: Duration = Duration::from_millis(50);
 /// Users for jails: none of Debian's, systemd's or the usual container ranges.
 pub const JAIL_USERS: std::ops::Range<u32> = 2_000_000_000..2_000_065_536;
 
@@ -129,12 +131,18 @@ impl Home {
         if !name_only || !fs::symlink_metadata(&dir).is_ok_and(|meta| meta.is_dir()) {
             return Err(missing());
         }
-        let lock = match lock(&dir.join("lock"), FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => lock,
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                return Err(HomeError::Driven { id: id.to_owned() });
+        let deadline = Instant::now() + FORK_WITHIN;
+        let lock = loop {
+            match lock(&dir.join("lock"), FlockArg::LockExclusiveNonblock) {
+                Ok(lock) => break lock,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock && Instant::now() < deadline => {
+                    thread::sleep(Duration::from_millis(2));
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    return Err(HomeError::Driven { id: id.to_owned() });
+                }
+                Err(source) => return Err(HomeError::Make { path: dir, source }),
             }
-            Err(source) => return Err(HomeError::Make { path: dir, source }),
         };
         let owner = fs::metadata(dir.join("root/run")).map(|meta| meta.uid()).ok();
         Ok(Home { dir, jail_user: owner.filter(|user| JAIL_USERS.contains(user)), _lock: lock })
