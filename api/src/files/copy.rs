@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
 use nix::errno::Errno;
@@ -22,6 +22,19 @@ pub enum How {
     Shared,
     /// Data was copied, holes were not.
     Copied,
+}
+
+/// Opens a file of a user's for reading, and waits for nobody: a pipe or a device under its name is refused.
+///
+/// # Errors
+///
+/// It cannot be opened, or is not a regular file.
+pub fn open_regular(path: &Path) -> Result<File, FileError> {
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path).context("open", path)?;
+    match file.metadata().context("look at", path)?.is_file() {
+        true => Ok(file),
+        false => Err(FileError::NotAFile { path: path.to_owned() }),
+    }
 }
 
 nix::ioctl_write_int!(ficlone, 0x94, 9);

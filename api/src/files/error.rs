@@ -15,6 +15,9 @@ pub enum FileError {
     /// A program this host should have is missing, or did not do what it is for.
     #[error("{program}: {why}")]
     Tool { program: &'static str, why: String },
+    /// Not a regular file, where one is needed.
+    #[error("{} is not a regular file", path.display())]
+    NotAFile { path: PathBuf },
     #[error("cannot {doing} {}: {source}", path.display())]
     Io { doing: &'static str, path: PathBuf, source: io::Error },
 }

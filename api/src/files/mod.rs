@@ -12,7 +12,7 @@ mod space;
 mod staged;
 mod task;
 
-pub use copy::{How, clone, share};
+pub use copy::{How, clone, open_regular, share};
 pub use error::{FileError, IoContext};
 pub use ext4::new_ext4_identity;
 pub use mkfs::{grow_ext4, make_ext4};

@@ -2,10 +2,14 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use super::FileError;
+
+/// How long a cancelled task may go unnoticed by those who only wait.
+const NOTICE: Duration = Duration::from_millis(100);
 
 /// What is being done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -67,6 +71,13 @@ impl Task {
         match self.cancelled.load(Ordering::Relaxed) {
             true => Err(FileError::Cancelled),
             false => Ok(()),
+        }
+    }
+
+    /// Returns once it has been cancelled, about.
+    pub async fn cancelled(&self) {
+        while self.check().is_ok() {
+            tokio::time::sleep(NOTICE).await;
         }
     }
 

@@ -89,6 +89,10 @@ impl Blobs {
         &self.staging
     }
 
+    pub(super) fn reserve(&self) -> u64 {
+        self.reserve
+    }
+
     /// Makes sure there is room for `needed` more bytes.
     pub(super) fn require(&self, needed: u64) -> Result<(), FileError> {
         files::require(&self.dir, needed, self.reserve)
@@ -102,11 +106,8 @@ impl Blobs {
     ///
     /// Reading or writing fails, the disk is too full, the task is cancelled.
     pub fn add_file(&self, from: &Path, task: &Task) -> Result<Blob, ImageError> {
-        let source = File::open(from).context("open", from)?;
+        let source = files::open_regular(from)?;
         let meta = source.metadata().context("look at", from)?;
-        if !meta.is_file() {
-            return Err(ImageError::invalid(from.display().to_string(), "it is not a regular file"));
-        }
         let staged = self.staging.file()?;
         if files::share(&source, staged.file()).context("clone into", staged.path())? {
             return self.add_staged(staged, task);

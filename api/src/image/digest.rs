@@ -23,6 +23,10 @@ impl Digest {
         Digest(Sha256::digest(bytes).into())
     }
 
+    pub(super) fn bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+
     /// The digits alone, as in a blob's file name.
     pub fn hex(&self) -> String {
         use fmt::Write;

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use crate::files::{IoContext, Staged, Task};
+use crate::files::{self, IoContext, Staged, Task};
 
 use super::images::now;
 use super::probe::{self, FileSystem, Format};
@@ -24,10 +24,7 @@ pub struct DiskImport {
 }
 
 pub(super) fn import(images: &Images, import: &DiskImport, task: &Task) -> Result<Manifest, ImageError> {
-    let file = File::open(&import.root).context("open", &import.root)?;
-    if !file.metadata().context("look at", &import.root)?.is_file() {
-        return Err(unusable(&import.root, "it is not a regular file"));
-    }
+    let file = files::open_regular(&import.root)?;
     let source = match probe::format(&file).context("read", &import.root)? {
         Format::Qcow2 => Source::Converted(qemu_img::convert(images, &import.root, task)?),
         _ => Source::AsIs(file),

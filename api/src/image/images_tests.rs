@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::process::Command;
 
-use super::super::{Architecture, Root};
+use super::super::{Architecture, Root, testing};
 use super::*;
 
 struct Host {
@@ -22,13 +22,8 @@ impl Host {
         self.dir.path().join(name)
     }
 
-    /// A file that passes for a bzImage.
     fn kernel(&self) -> PathBuf {
-        let path = self.path("bzImage");
-        let mut bytes = vec![0; 0x300];
-        bytes[0x202..0x206].copy_from_slice(b"HdrS");
-        fs::write(&path, bytes).unwrap();
-        path
+        testing::kernel(self.dir.path())
     }
 
     fn import(&self, root: &Path, kernel: Option<PathBuf>) -> Result<Manifest, ImageError> {
@@ -172,7 +167,8 @@ fn what_is_no_image_is_refused_with_advice() {
         let refusal = host.refusal(&path);
         assert!(refusal.contains(advice), "{refusal}");
     }
-    assert!(host.refusal(host.dir.path()).contains("not a regular file"));
+    let error = host.import(host.dir.path(), Some(host.kernel())).unwrap_err().to_string();
+    assert!(error.contains("not a regular file"), "{error}");
     let sparse = File::create(host.path("large")).unwrap();
     sparse.write_all_at(&0xe0f5_e1e2_u32.to_le_bytes(), 1024).unwrap();
     sparse.set_len(2 << 30).unwrap();

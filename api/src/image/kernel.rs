@@ -7,7 +7,7 @@ use std::path::Path;
 
 use ext4_view::{Ext4, Ext4Error, Ext4Read};
 
-use crate::files::{IoContext, Staged, Task};
+use crate::files::{self, IoContext, Staged, Task};
 
 use super::{Architecture, Blob, Blobs, ImageError};
 
@@ -21,7 +21,7 @@ const INITRD_LIMIT: u64 = 1 << 30;
 ///
 /// It is not a kernel of this architecture.
 pub fn add(blobs: &Blobs, path: &Path, architecture: Architecture, task: &Task) -> Result<Blob, ImageError> {
-    let file = File::open(path).context("open", path)?;
+    let file = files::open_regular(path)?;
     check(&file, &path.display().to_string(), architecture)?;
     blobs.add_file(path, task)
 }

@@ -12,14 +12,21 @@
 mod blobs;
 mod digest;
 mod disk;
+mod erofs;
 mod error;
 mod frozen;
 mod images;
 mod kernel;
+pub mod layer;
 mod manifest;
+mod oci;
 mod partitions;
 mod probe;
 mod qemu_img;
+mod rootfs;
+#[cfg(test)]
+mod testing;
+mod tree;
 
 pub use blobs::{Blob, Blobs};
 pub use digest::{Digest, DigestError};
@@ -27,3 +34,5 @@ pub use disk::DiskImport;
 pub use error::ImageError;
 pub use images::{Images, Limits};
 pub use manifest::{Architecture, ContainerConfig, Manifest, Root};
+pub use oci::{Credentials, OciImport, OciSource, Reference, ReferenceError};
+pub use tree::Meta;
