@@ -113,6 +113,28 @@ need_packages() {
     ) 9>/run/lock/pulau-apt.lock </dev/null >&2 || die "could not install: ${missing[*]} ${backports[*]}"
 }
 
+# unpacked_package NAME: a directory with the files of a Debian package that is not installed, since installing it
+# would start its service.
+unpacked_package() {
+    local dir work
+    dir=$(cache_dir)/packages/$1
+    if [[ ! -d $dir ]]; then
+        mkdir -p "${dir%/*}"
+        work=$(mktemp -d "${dir%/*}/.$1.XXXXXX")
+        log "downloading the Debian package $1"
+        (
+            cd "$work"
+            download=(apt-get -qq -o APT::Sandbox::User=root -o Acquire::Retries=3 download "$1")
+            "${download[@]}" 2>/dev/null || { apt-get -qq update && "${download[@]}"; }
+            dpkg-deb -x "$1"_*.deb root
+        ) >&2 || { rm -rf "$work"; die "the Debian package $1 could not be downloaded"; }
+        # Somebody else may have been quicker.
+        mv -T "$work/root" "$dir" 2>/dev/null || [[ -d $dir ]]
+        rm -rf "$work"
+    fi
+    printf '%s\n' "$dir"
+}
+
 has_backports() { apt-cache policy 2>/dev/null | grep -q 'a=bookworm-backports\|n=bookworm-backports'; }
 
 # with_progress LABEL COMMAND...: runs a long command, its output in a log file that is shown only when

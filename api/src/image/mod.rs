@@ -10,6 +10,8 @@
 //! process leaves nothing but files that [`Images::sweep`] removes.
 
 mod blobs;
+#[cfg(test)]
+mod crash_tests;
 mod digest;
 mod disk;
 mod erofs;

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, Read};
+use std::ops::Range;
 
 use tar::{EntryType, Header};
 
@@ -33,8 +34,10 @@ pub fn read(layer: impl Read, name: &str, sink: &mut dyn LayerSink) -> Result<()
     let mut archive = Archive { from: layer, name };
     let mut extra = Extensions::default();
     while let Some(header) = archive.header()? {
-        let size =
-            extra.size.map_or_else(|| header.entry_size(), Ok).map_err(|e| archive.bad(&e.to_string()))?;
+        let size = extra
+            .size
+            .map_or_else(|| field(&header, SIZE, Header::entry_size), Ok)
+            .map_err(|e| archive.bad(&e.to_string()))?;
         match header.entry_type() {
             EntryType::GNULongName => extra.path = Some(archive.name(size)?),
             EntryType::GNULongLink => extra.link = Some(archive.name(size)?),
@@ -53,6 +56,20 @@ pub fn read(layer: impl Read, name: &str, sink: &mut dyn LayerSink) -> Result<()
     // What comes after the end is of no meaning, but part of the layer's digest.
     io::copy(&mut archive.from, &mut io::sink()).map_err(|e| archive.broken(e))?;
     Ok(())
+}
+
+/// Where header fields are, in bytes.
+const MODE: Range<usize> = 100..108;
+const UID: Range<usize> = 108..116;
+const GID: Range<usize> = 116..124;
+const SIZE: Range<usize> = 124..136;
+
+/// The number in a field; one left blank is 0, as in all programs that read archives.
+fn field(header: &Header, at: Range<usize>, read: impl Fn(&Header) -> io::Result<u64>) -> io::Result<u64> {
+    match header.as_bytes()[at].iter().all(|byte| matches!(byte, 0 | b' ')) {
+        true => Ok(0),
+        false => read(header),
+    }
 }
 
 struct Archive<'n, R> {
@@ -102,12 +119,12 @@ impl<R: Read> Archive<'_, R> {
         let path = LayerPath::parse(&text).map_err(|why| refuse(&why))?;
         let number = |value: io::Result<u64>| {
             let value = value.map_err(|e| refuse(&e.to_string()))?;
-            u32::try_from(value).map_err(|_| refuse("its owner has an impossible number"))
+            u32::try_from(value).map_err(|_| refuse("its mode or owner is an impossible number"))
         };
         let meta = Meta {
-            mode: (header.mode().map_err(|e| refuse(&e.to_string()))? & 0o7777) as u16,
-            uid: number(extra.uid.map_or_else(|| header.uid(), Ok))?,
-            gid: number(extra.gid.map_or_else(|| header.gid(), Ok))?,
+            mode: (number(field(header, MODE, |header| header.mode().map(u64::from)))? & 0o7777) as u16,
+            uid: number(extra.uid.map_or_else(|| field(header, UID, Header::uid), Ok))?,
+            gid: number(extra.gid.map_or_else(|| field(header, GID, Header::gid), Ok))?,
             // A time before 1970 is as good as 1970.
             mtime: header.mtime().unwrap_or(0),
             xattrs: extra.xattrs,

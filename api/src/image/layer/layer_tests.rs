@@ -102,6 +102,10 @@ fn tells_every_kind_of_change() {
     // Several gzip members one after the other are one layer.
     let (a, b) = layer.split_at(700);
     assert_eq!(record(&[gzip(a), gzip(b)].concat()).unwrap(), expected);
+    // Numbers left out are 0.
+    let blank = |header: &mut tar::Header| header.as_mut_bytes()[100..136].fill(0);
+    let told = record(&Archive::default().with(EntryType::Regular, "x", "", b"", blank).finish()).unwrap();
+    assert_eq!(told, ["/x file  0 0:0 1700000000"]);
     // The zeros at the end may be missing.
     assert_eq!(record(&layer[..layer.len() - 1024]).unwrap(), expected);
 }

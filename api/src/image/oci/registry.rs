@@ -73,7 +73,11 @@ impl Registry {
             .map_err(|e| failed(e.to_string()))?
             .with_root_certificates(roots)
             .with_no_client_auth();
-        let client = Client::builder()
+        let mut client = Client::builder();
+        if reference.is_loopback() {
+            client = client.no_proxy();
+        }
+        let client = client
             .tls_backend_preconfigured(tls)
             .user_agent(concat!("pulau/", env!("CARGO_PKG_VERSION")))
             .connect_timeout(CONNECT)
