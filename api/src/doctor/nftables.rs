@@ -18,7 +18,13 @@ const NEW_GENERATION: u16 = 10 << 8 | 15;
 const HEADER: usize = 16;
 
 pub fn check() -> Finding {
-    judge(ask())
+    judge(ask(), has_program())
+}
+
+/// Whether there is an nft(8) to run.
+fn has_program() -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|dir| dir.join("nft").is_file())
 }
 
 /// Asks the kernel's packet filter a harmless question. The kernel loads its module for it if need be.
@@ -57,9 +63,13 @@ fn understand(answer: &[u8]) -> Result<(), Errno> {
     }
 }
 
-fn judge(result: Result<(), Errno>) -> Finding {
+fn judge(result: Result<(), Errno>, program: bool) -> Finding {
     match result {
-        Ok(()) => Finding::ok("nf_tables answers"),
+        Ok(()) if program => Finding::ok("nf_tables answers"),
+        Ok(()) => Finding::degraded(
+            "nf_tables answers, but there is no nft program: guests can have no networks",
+            "Install the package nftables; on Debian its directory /usr/sbin may have to be added to PATH.",
+        ),
         Err(Errno::EPERM | Errno::EACCES) => {
             Finding::missing("no permission to speak with nf_tables", "Run as root or with CAP_NET_ADMIN.")
         }
@@ -98,8 +108,11 @@ mod tests {
 
     #[test]
     fn each_failure_has_its_remedy() {
-        assert_eq!(judge(Ok(())).state, State::Ok);
-        assert!(judge(Err(Errno::EPERM)).remedy.unwrap().contains("CAP_NET_ADMIN"));
-        assert!(judge(Err(Errno::EOPNOTSUPP)).remedy.unwrap().contains("modprobe nf_tables"));
+        assert_eq!(judge(Ok(()), true).state, State::Ok);
+        let without = judge(Ok(()), false);
+        assert_eq!(without.state, State::Degraded);
+        assert!(without.remedy.unwrap().contains("package nftables"));
+        assert!(judge(Err(Errno::EPERM), true).remedy.unwrap().contains("CAP_NET_ADMIN"));
+        assert!(judge(Err(Errno::EOPNOTSUPP), true).remedy.unwrap().contains("modprobe nf_tables"));
     }
 }

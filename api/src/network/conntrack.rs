@@ -1,8 +1,14 @@
 //! Forgets connections of addresses that are nobody's any more, so that who gets an address next does not
 //! inherit what its former owner was allowed: packets of known connections pass all groups.
+//!
+//! The kernel looks through its whole table for them, which takes tens of milliseconds however few there are. So
+//! it is done a little later for all addresses that were given back meanwhile, by whoever calls
+//! [`Forgetting::catch_up`], and at once only if an address is wanted again before that.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::net::Ipv4Addr;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::sys::socket::SockProtocol;
 
@@ -26,9 +32,83 @@ const SOURCE: u32 = 1;
 const IPV4: [u8; 4] = [libc::AF_INET as u8, 0, 0, 0];
 const NESTED: u16 = libc::NLA_F_NESTED as u16;
 
+/// Up to as many addresses the kernel is asked for one by one; for more, to tell of all there is.
+const FEW: usize = 3;
+
+/// Addresses whose connections are still to be forgotten.
+#[derive(Debug)]
+pub struct Forgetting {
+    /// Whoever has it is looking through the table.
+    conntrack: Mutex<Conntrack>,
+    pending: Mutex<BTreeSet<Ipv4Addr>>,
+}
+
+impl Forgetting {
+    /// # Errors
+    ///
+    /// Those of socket(2).
+    pub fn new() -> io::Result<Self> {
+        let conntrack = Conntrack(Socket::open(SockProtocol::NetlinkNetFilter)?);
+        Ok(Self { conntrack: Mutex::new(conntrack), pending: Mutex::default() })
+    }
+
+    /// Notes that an address was given back.
+    pub fn later(&self, address: Ipv4Addr) {
+        lock(&self.pending).insert(address);
+    }
+
+    /// Makes sure that nothing is known of an address that is to be given away.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's; it must be Linux 5.8 or later and have `nf_conntrack_netlink`.
+    pub fn now(&self, address: Ipv4Addr) -> io::Result<()> {
+        if !lock(&self.pending).contains(&address) {
+            return Ok(());
+        }
+        let mut conntrack = lock(&self.conntrack);
+        // Perhaps who had it just did this one as well.
+        if lock(&self.pending).contains(&address) {
+            conntrack.forget(address)?;
+            lock(&self.pending).remove(&address);
+        }
+        Ok(())
+    }
+
+    /// Forgets all that was put off.
+    ///
+    /// # Errors
+    ///
+    /// As [`Forgetting::now`]; what was not done is still put off.
+    pub fn catch_up(&self) -> io::Result<()> {
+        let mut conntrack = lock(&self.conntrack);
+        let pending = lock(&self.pending).clone();
+        if pending.len() <= FEW {
+            pending.iter().try_for_each(|address| conntrack.forget(*address))?;
+        } else {
+            conntrack.forget_where(|address| pending.contains(&address))?;
+        }
+        lock(&self.pending).retain(|address| !pending.contains(address));
+        Ok(())
+    }
+
+    /// Forgets all connections of which an end fits.
+    ///
+    /// # Errors
+    ///
+    /// As [`Forgetting::now`].
+    pub fn all_where(&self, stale: impl Fn(Ipv4Addr) -> bool) -> io::Result<()> {
+        lock(&self.conntrack).forget_where(stale)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// A connection to the kernel's table of connections.
 #[derive(Debug)]
-pub struct Conntrack(Socket);
+struct Conntrack(Socket);
 
 /// A connection: what is needed to name it.
 struct Entry {
@@ -39,19 +119,8 @@ struct Entry {
 }
 
 impl Conntrack {
-    /// # Errors
-    ///
-    /// Those of socket(2).
-    pub fn open() -> io::Result<Self> {
-        Ok(Self(Socket::open(SockProtocol::NetlinkNetFilter)?))
-    }
-
     /// Forgets all connections of an address.
-    ///
-    /// # Errors
-    ///
-    /// The kernel's; it must be Linux 5.8 or later and have `nf_conntrack_netlink`.
-    pub fn forget(&mut self, address: Ipv4Addr) -> io::Result<()> {
+    fn forget(&mut self, address: Ipv4Addr) -> io::Result<()> {
         let flags = [
             (CTA_TUPLE_ORIG, CTA_FILTER_ORIG_FLAGS, CTA_FILTER_REPLY_FLAGS),
             (CTA_TUPLE_REPLY, CTA_FILTER_REPLY_FLAGS, CTA_FILTER_ORIG_FLAGS),
@@ -73,11 +142,7 @@ impl Conntrack {
     }
 
     /// Forgets all connections of which an end fits.
-    ///
-    /// # Errors
-    ///
-    /// As [`Conntrack::forget`].
-    pub fn forget_where(&mut self, stale: impl Fn(Ipv4Addr) -> bool) -> io::Result<()> {
+    fn forget_where(&mut self, stale: impl Fn(Ipv4Addr) -> bool) -> io::Result<()> {
         for entry in self.0.dump(&Message::new(GET, 0, &IPV4), parse)? {
             if entry.ends.into_iter().flatten().any(&stale) {
                 self.delete(entry)?;

@@ -4,12 +4,18 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use tokio::sync::Notify;
+
+use super::conntrack::Forgetting;
 use super::definition::{Attachment, GroupDef, NetworkDef, Plan, Published};
 use super::host::{Config, Host, NetworkError};
 use super::route::Counters;
 
 /// How often it is checked that the rules are still there: whoever restarts the host's firewall may flush them.
 const CHECK_INTERVAL: Duration = Duration::from_secs(2);
+
+/// How long after a guest has gone its connections are forgotten, with those of others that go meanwhile.
+const FORGET_AFTER: Duration = Duration::from_millis(100);
 
 /// The network of one daemon. Clones are the same one.
 ///
@@ -20,7 +26,11 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(2);
 /// When the last clone is dropped DHCP and DNS end; all else stays, so that guests keep their network while the
 /// daemon is replaced.
 #[derive(Clone, Debug)]
-pub struct Fabric(Arc<Mutex<Host>>);
+pub struct Fabric {
+    host: Arc<Mutex<Host>>,
+    /// Told when a guest has gone.
+    gone: Arc<Notify>,
+}
 
 impl Fabric {
     /// Checks and sets up the host, and makes the network what `plan` says, out of whatever an earlier daemon
@@ -37,8 +47,10 @@ impl Fabric {
             Ok(host)
         };
         let host = blocking(start).await?;
-        let fabric = Self(Arc::new(Mutex::new(host)));
+        let connections = host.connections();
+        let fabric = Self { host: Arc::new(Mutex::new(host)), gone: Arc::new(Notify::new()) };
         fabric.watch();
+        fabric.forget(connections);
         Ok(fabric)
     }
 
@@ -85,7 +97,9 @@ impl Fabric {
     ///
     /// Its network or a group is not there, or its address is not to be had.
     pub async fn attach(&self, attachment: Attachment) -> Result<(), NetworkError> {
-        self.with(move |host| host.attach(attachment)).await
+        let result = self.with(move |host| host.attach(attachment)).await;
+        self.gone.notify_one();
+        result
     }
 
     /// Removes a tap and all that belongs to it, if it is there. The VMM need not have ended.
@@ -95,7 +109,9 @@ impl Fabric {
     /// Those of the host.
     pub async fn detach(&self, tap: &str) -> Result<(), NetworkError> {
         let tap = tap.to_owned();
-        self.with(move |host| host.detach(&tap)).await
+        let result = self.with(move |host| host.detach(&tap)).await;
+        self.gone.notify_one();
+        result
     }
 
     /// Has a port of the host lead to a guest's, past the guest's groups.
@@ -138,14 +154,14 @@ impl Fabric {
         &self,
         work: impl FnOnce(&mut Host) -> Result<T, NetworkError> + Send + 'static,
     ) -> Result<T, NetworkError> {
-        let host = self.0.clone();
+        let host = self.host.clone();
         // Where a request panicked the plan is still whole: it is changed before the host is.
         blocking(move || work(&mut host.lock().unwrap_or_else(PoisonError::into_inner))).await
     }
 
     /// Puts the rules back when somebody removes them, until the last clone is dropped.
     fn watch(&self) {
-        let host = Arc::downgrade(&self.0);
+        let host = Arc::downgrade(&self.host);
         tokio::spawn(async move {
             loop {
                 tokio::time::sleep(CHECK_INTERVAL).await;
@@ -153,6 +169,23 @@ impl Fabric {
                 let check = move || host.lock().unwrap_or_else(PoisonError::into_inner).mend();
                 if let Err(error) = blocking(check).await {
                     tracing::error!(%error, "the guests' packet filter is gone and cannot be put back");
+                }
+            }
+        });
+    }
+
+    /// Forgets the connections of guests that are gone, until the last clone is dropped.
+    fn forget(&self, connections: Arc<Forgetting>) {
+        let (host, gone) = (Arc::downgrade(&self.host), self.gone.clone());
+        tokio::spawn(async move {
+            while host.strong_count() > 0 {
+                // It also ends when nobody is left to tell it that somebody has gone.
+                let _ = tokio::time::timeout(CHECK_INTERVAL, gone.notified()).await;
+                tokio::time::sleep(FORGET_AFTER).await;
+                let connections = connections.clone();
+                let catch_up = move || connections.catch_up();
+                if let Ok(Err(error)) = tokio::task::spawn_blocking(catch_up).await {
+                    tracing::error!(%error, "connections of guests that are gone stay known");
                 }
             }
         });

@@ -4,13 +4,14 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use ipnet::Ipv4Net;
 use pulau_vmm::config::MacAddr;
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 
-use super::conntrack::Conntrack;
+use super::conntrack::Forgetting;
 use super::definition::{
     Attachment, Checked, DefinitionError, GroupDef, NetworkDef, Plan, Published, check_prefix,
 };
@@ -79,9 +80,11 @@ pub struct Host {
     plan: Checked,
     routing: Routing,
     nft: Nft,
-    conntrack: Conntrack,
+    connections: Arc<Forgetting>,
     /// The rule set is perhaps not what the plan says.
     stale_rules: bool,
+    /// All was removed, to stay so.
+    cleared: bool,
     directory: Directory,
     resolvers: Resolvers,
     runtime: Handle,
@@ -98,7 +101,7 @@ impl Host {
         }
         sysctl::set("ipv4/ip_forward", "1").map_err(failed("turn on", "forwarding"))?;
         let routing = Routing::open().map_err(failed("speak", "rtnetlink"))?;
-        let conntrack = Conntrack::open().map_err(failed("speak", "conntrack"))?;
+        let connections = Arc::new(Forgetting::new().map_err(failed("speak", "conntrack"))?);
         let nft = Nft::open(&config.prefix)?;
         let directory = Directory::default();
         let socket =
@@ -110,13 +113,19 @@ impl Host {
             plan: Checked::default(),
             routing,
             nft,
-            conntrack,
+            connections,
             stale_rules: true,
+            cleared: false,
             directory,
             runtime,
             dhcp,
             dns: HashMap::new(),
         })
+    }
+
+    /// Addresses of guests that are gone, whose connections are forgotten when somebody gets to it.
+    pub fn connections(&self) -> Arc<Forgetting> {
+        self.connections.clone()
     }
 
     /// See [`super::Fabric::reconcile`].
@@ -125,6 +134,7 @@ impl Host {
         self.stale_rules = true;
         let prefix = self.link_prefix();
         let links = self.routing.links().map_err(failed("list", "links"))?;
+        let routes = self.routing.routes().map_err(failed("list", "routes"))?;
         for link in links.iter().filter(|link| link.name.starts_with(&prefix)) {
             if !self.plan.attachments.contains_key(&link.name) {
                 self.delete_link(&link.name)?;
@@ -149,9 +159,18 @@ impl Host {
             self.remove_other_places(index, attachment)?;
             self.directory.attach(index, attachment);
         }
-        let taken: BTreeSet<_> = attachments.iter().map(|attachment| attachment.address).collect();
-        self.conntrack
-            .forget_where(|address| {
+        // Who was not there before inherits nothing from who had the address.
+        let was_there = |attachment: &&Attachment| {
+            let link = links.iter().find(|link| link.name == attachment.tap);
+            let leads = |link: &Link, route: &Route| {
+                route.link == Some(link.index) && route.to == attachment.address.into()
+            };
+            link.is_some_and(|link| routes.iter().any(|route| leads(link, route)))
+        };
+        let taken: BTreeSet<_> =
+            attachments.iter().filter(was_there).map(|attachment| attachment.address).collect();
+        self.connections
+            .all_where(|address| {
                 let ours =
                     |network: &NetworkDef| network.subnet.contains(&address) && network.gateway() != address;
                 !taken.contains(&address) && networks.iter().any(ours)
@@ -206,6 +225,8 @@ impl Host {
         if removed.is_none() && !self.stale_rules {
             return Ok(());
         }
+        // If it fails half-way, it is all to be done again.
+        self.stale_rules = true;
         self.stop_dns(id);
         self.directory.remove_network(id);
         let networks: Vec<_> = self.plan.networks.values().cloned().collect();
@@ -244,6 +265,8 @@ impl Host {
 
     /// Makes a tap what `attachment` says. It was what `old` says.
     fn place(&mut self, attachment: &Attachment, old: Option<&Attachment>) -> Result<()> {
+        let address = attachment.address;
+        self.connections.now(address).map_err(failed("forget connections of", address))?;
         let out = old.map(|old| self.elements_of(old)).unwrap_or_default();
         self.change_rules(&out, &self.elements_of(attachment))?;
         let index = self.set_link(attachment)?;
@@ -251,7 +274,7 @@ impl Host {
             self.remove_other_places(index, attachment)?;
             self.directory.detach(old);
             if old.address != attachment.address {
-                self.forget(old.address)?;
+                self.connections.later(old.address);
             }
         }
         self.directory.attach(index, attachment);
@@ -271,8 +294,10 @@ impl Host {
             false => Ok(()),
         };
         let rules = self.change_rules(&out, &BTreeSet::new());
-        let connections = known.map_or(Ok(()), |known| self.forget(known.address));
-        link.and(rules).and(connections)
+        if let Some(known) = known {
+            self.connections.later(known.address);
+        }
+        link.and(rules)
     }
 
     pub fn publish(&mut self, published: Published) -> Result<()> {
@@ -300,7 +325,7 @@ impl Host {
 
     /// Puts the rule set back if it is gone.
     pub fn mend(&mut self) -> Result<()> {
-        if !self.stale_rules && self.nft.is_there()? {
+        if self.cleared || !self.stale_rules && self.nft.is_there()? {
             return Ok(());
         }
         self.write_rules()
@@ -309,9 +334,8 @@ impl Host {
     pub fn clear(&mut self) -> Result<()> {
         self.reconcile(&Plan::default())?;
         self.delete_link(&self.gateway_link())?;
-        self.nft.delete()?;
-        self.stale_rules = true;
-        Ok(())
+        self.cleared = true;
+        Ok(self.nft.delete()?)
     }
 
     /// The elements of an attachment whose network is in the plan.
@@ -333,10 +357,6 @@ impl Host {
         self.nft.run(&nft::whole(&self.config.prefix, &self.plan))?;
         self.stale_rules = false;
         Ok(())
-    }
-
-    fn forget(&mut self, address: Ipv4Addr) -> Result<()> {
-        self.conntrack.forget(address).map_err(failed("forget connections of", address))
     }
 
     /// Beginning of the names of guests' links.

@@ -91,6 +91,9 @@ const ARP_CHAINS: &str = r#"	chain input {
 	}
 "#;
 
+/// What is related to a connection, such as an ICMP error, has to be from the same network: whoever can guess the
+/// ports of a stranger's connection could send such errors otherwise. And whatever is published on all of the
+/// host's addresses, a guest's own gateway stays its name server.
 const INET_CHAINS: &str = r#"	chain spoofed {
 		type filter hook prerouting priority raw; policy accept;
 		iifname TAP goto from_guest
@@ -103,6 +106,7 @@ const INET_CHAINS: &str = r#"	chain spoofed {
 	}
 	chain publish {
 		type nat hook prerouting priority dstnat; policy accept;
+		iifname . ip daddr @gateways accept
 		fib daddr type local goto published_ports
 	}
 	chain publish_to_host {
@@ -118,9 +122,9 @@ const INET_CHAINS: &str = r#"	chain spoofed {
 		iifname TAP goto leave
 	}
 	chain leave {
-		ct state established,related accept
+		ct state established accept
 		ct state invalid counter drop
-		ct status dnat ip saddr @natted goto leave_by_groups
+		ct state new ct status dnat ip saddr @natted goto leave_by_groups
 		ip saddr . ip daddr @within goto leave_by_groups
 		ip daddr { 127.0.0.0/8, 169.254.0.0/16 } counter drop
 		ip daddr @subnets counter drop
@@ -128,6 +132,7 @@ const INET_CHAINS: &str = r#"	chain spoofed {
 		goto leave_by_groups
 	}
 	chain leave_by_groups {
+		ct state related accept
 		EGRESS_GROUPS
 		counter drop
 	}
