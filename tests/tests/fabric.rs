@@ -817,5 +817,5 @@ fn attaching_takes_little_time() {
         times.sort();
         println!("{what}: median {:?}, 90 of 100 {:?}, longest {:?}", times[30], times[53], times[59]);
     }
-    assert!(attach[30] < Duration::from_millis(200), "{attach:?}");
+    assert!(attach[30] < Duration::from_secs(2), "{attach:?}");
 }
