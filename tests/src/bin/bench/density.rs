@@ -7,8 +7,9 @@ use pulau_tests::artifact;
 
 use crate::measure;
 use crate::report::Report;
-use crate::vmm::{Contender, Vmm};
+use crate::vmm::{Contender, Vmm, names};
 
+const MEMORY_MIB: u32 = 128;
 /// microVMs per batch.
 const BATCH: usize = 8;
 /// Memory in which idle microVMs are to fit, in KiB.
@@ -16,16 +17,15 @@ const GIVEN: f64 = 1024.0 * 1024.0;
 
 fn boot(contender: &Contender) -> Result<Vmm> {
     let vmm = Vmm::start(contender)?;
-    vmm.configure(1, 128)?;
+    vmm.configure(1, MEMORY_MIB, &artifact("PULAU_TEST_ROOTFS_MINIMAL"))?;
     vmm.boot()?;
     vmm.guest_init()?;
     Ok(vmm)
 }
 
 pub fn run(contenders: &[Contender], runs: usize) -> Result<Report> {
-    let names: Vec<String> = contenders.iter().map(|c| c.name.clone()).collect();
-    let mut report = Report::new(format!("density, 1 vCPU, 128 MiB, {BATCH} microVMs, {runs} runs"), &names);
-    let kernel = artifact("PULAU_TEST_KERNEL");
+    let title = format!("density, 1 vCPU, {MEMORY_MIB} MiB, {BATCH} microVMs, {runs} runs");
+    let mut report = Report::new(title, names(contenders));
     for run in 0..runs {
         for (index, contender) in contenders.iter().enumerate() {
             let start = Instant::now();
@@ -48,7 +48,7 @@ pub fn run(contenders: &[Contender], runs: usize) -> Result<Report> {
             std::thread::sleep(Duration::from_secs(2));
             let mut total = 0.0;
             for vmm in &vmms {
-                total += measure::memory(vmm.pid(), &kernel)?.total_pss as f64;
+                total += measure::memory(vmm.pid(), MEMORY_MIB.into())?.total_pss as f64;
             }
             let each = total / BATCH as f64;
             report.add("boots per second, one by one", "1/s", run, index, one_by_one);

@@ -2,8 +2,8 @@
 //!
 //! Each figure is taken for `pulau-vmm` and, where `PULAU_BENCH_OTHER` names the program of another VMM
 //! that speaks the same API, for that one in turn, run by run, so that what the machine does meanwhile
-//! meets both. Reported are medians, and the ratio ours to theirs of each pair of runs: its median, and the
-//! quartiles as its spread. Nothing here passes or fails.
+//! meets both. Reported are medians, and the ratio of the first column to the second (ours to theirs) of each
+//! pair of runs: its median, and the quartiles as its spread. Nothing here passes or fails.
 
 mod boot;
 mod density;
@@ -20,12 +20,13 @@ use anyhow::{Context, Result, bail};
 const USAGE: &str = "\
 Usage: bench boot|devices|network|density [--runs N] [--json FILE]
 
-  boot      process start to API, InstanceStart to the guest's init, memory beyond the guest's
-  devices   block throughput and latency
-  network   TCP throughput each way and round trips
+  boot      process start to API, InstanceStart to the guest's init by phase, memory beyond the guest's
+  devices   block throughput and latency at queue depth 1 and 32, by fio in the guest and on the host
+  network   TCP throughput each way by iperf3, round trips by ping; the same over the host's loopback
   density   boots per second, one by one and side by side; idle microVMs in a given memory
 
-Environment: PULAU_BIN_DIR, PULAU_TEST_KERNEL, PULAU_TEST_ROOTFS_MINIMAL (set by scripts/bench);
+Environment: PULAU_BIN_DIR, PULAU_TEST_KERNEL, PULAU_TEST_ROOTFS_MINIMAL, PULAU_TEST_ROOTFS_BENCH (set by
+scripts/bench);
 PULAU_BENCH_OTHER: program of another VMM with the same API, to be measured beside ours.";
 
 /// What was asked for on the command line.

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 /// One thing measured: for each run, one value per contender.
 pub struct Figure {
-    name: &'static str,
+    name: String,
     unit: &'static str,
     runs: Vec<Vec<f64>>,
 }
@@ -20,16 +20,16 @@ pub struct Report {
 
 impl Report {
     /// An empty report.
-    pub fn new(title: impl Into<String>, contenders: &[String]) -> Self {
-        Self { title: title.into(), contenders: contenders.to_vec(), figures: Vec::new() }
+    pub fn new(title: impl Into<String>, contenders: Vec<String>) -> Self {
+        Self { title: title.into(), contenders, figures: Vec::new() }
     }
 
     /// Adds the value of contender number `contender` in run number `run`.
-    pub fn add(&mut self, name: &'static str, unit: &'static str, run: usize, contender: usize, value: f64) {
+    pub fn add(&mut self, name: &str, unit: &'static str, run: usize, contender: usize, value: f64) {
         let at = match self.figures.iter().position(|f| f.name == name) {
             Some(at) => at,
             None => {
-                self.figures.push(Figure { name, unit, runs: Vec::new() });
+                self.figures.push(Figure { name: name.to_owned(), unit, runs: Vec::new() });
                 self.figures.len() - 1
             }
         };

@@ -16,8 +16,10 @@ use tempfile::TempDir;
 
 /// How long anything may take.
 const PATIENCE: Duration = Duration::from_secs(300);
-/// Pause between two looks at whether something has happened: the resolution of what is measured by looking.
+/// Pause between two looks at whether the API is there: the resolution of that figure.
 const LOOK: Duration = Duration::from_micros(100);
+/// Pause between two looks at what is measured by somebody else: long, so that looking takes no time from it.
+const GLANCE: Duration = Duration::from_millis(20);
 
 /// The command line all guests of the benchmarks boot with: nothing printed, nothing probed for.
 pub const BOOT_ARGS: &str = "reboot=k panic=1 quiet loglevel=0 nomodule 8250.nr_uarts=0 i8042.noaux i8042.nomux \
@@ -47,6 +49,17 @@ pub fn contenders() -> Result<Vec<Contender>> {
         .collect()
 }
 
+/// Whether time is counted in instructions. Then a little work tells as much as a lot, and a second takes
+/// minutes.
+pub fn counted() -> bool {
+    std::env::var_os("PULAU_TEST_HOST_COUNTED").is_some_and(|value| !value.is_empty() && value != "0")
+}
+
+/// Their names.
+pub fn names(contenders: &[Contender]) -> Vec<String> {
+    contenders.iter().map(|c| c.name.clone()).collect()
+}
+
 /// A running one.
 pub struct Vmm {
     child: Child,
@@ -68,12 +81,14 @@ impl Vmm {
         let start = Instant::now();
         let child = command.spawn()?;
         let mut vmm = Self { child, dir, start_to_api: Duration::ZERO };
-        vmm.until("the API", || api::request(&socket, "GET", "/", "").ok().filter(|r| r.status == 200))?;
+        vmm.until("the API", LOOK, || {
+            api::request(&socket, "GET", "/", "").ok().filter(|r| r.status == 200)
+        })?;
         vmm.start_to_api = start.elapsed();
         Ok(vmm)
     }
 
-    fn until<T>(&self, what: &str, mut condition: impl FnMut() -> Option<T>) -> Result<T> {
+    fn until<T>(&self, what: &str, pause: Duration, mut condition: impl FnMut() -> Option<T>) -> Result<T> {
         let deadline = Instant::now() + PATIENCE;
         loop {
             if let Some(value) = condition() {
@@ -82,7 +97,7 @@ impl Vmm {
             if Instant::now() > deadline {
                 bail!("gave up waiting for {what}; log: {}", self.log());
             }
-            std::thread::sleep(LOOK);
+            std::thread::sleep(pause);
         }
     }
 
@@ -105,12 +120,12 @@ impl Vmm {
         Ok(())
     }
 
-    /// Configures a guest that boots from the minimal root file system.
-    pub fn configure(&self, vcpus: u32, memory_mib: u32) -> Result<()> {
+    /// Configures a guest that boots from the root file system `root`.
+    pub fn configure(&self, vcpus: u32, memory_mib: u32, root: &Path) -> Result<()> {
         self.put("/machine-config", json!({"vcpu_count": vcpus, "mem_size_mib": memory_mib}))?;
         let kernel = artifact("PULAU_TEST_KERNEL");
         self.put("/boot-source", json!({"kernel_image_path": kernel, "boot_args": BOOT_ARGS}))?;
-        self.drive("root", &artifact("PULAU_TEST_ROOTFS_MINIMAL"), true, "Sync")?;
+        self.drive("root", root, true, "Sync")?;
         self.put("/vsock", json!({"guest_cid": 3, "uds_path": self.path("vsock")}))
     }
 
@@ -136,7 +151,7 @@ impl Vmm {
 
     /// Waits for the boot timer and returns what it says.
     pub fn guest_init(&self) -> Result<Duration> {
-        let line = self.until("the boot timer", || {
+        let line = self.until("the boot timer", GLANCE, || {
             self.log().lines().find_map(|l| Some(l.split_once("Guest-boot-time")?.1.to_owned()))
         })?;
         let micros = line.trim_start_matches([' ', '=']).split_whitespace().next().context("boot time")?;
