@@ -4,24 +4,26 @@
 //! The files come from whoever configures the VM and may be wrong in any way: every number in them is
 //! checked against the file and against guest memory. Nothing here runs guest code.
 //!
-//! Pages of an ELF kernel and of an initrd that fall on page boundaries are *mapped* privately from the
-//! file instead of copied: starting costs nothing for what the guest never touches, and VMs share what
-//! they do not write. The file must therefore not be changed in place while a VM runs (replace it by
-//! rename, as the image store does).
+//! The files are read into guest memory, not mapped, although a mapping costs nothing at first and its pages
+//! are shared: a kernel writes to nearly every page of itself when it patches in what fits its processor,
+//! and each page, mapped or copied, then costs an exit of the guest, where fresh memory comes in huge pages.
+//! (docs/benchmarks.md has the figures.)
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::memory::Memory;
 
 mod bzimage;
 mod elf;
-mod map;
 
 pub use bzimage::SetupHeader;
+
+/// Page size of the guest, in bytes.
+const PAGE: u64 = 4096;
 
 /// How the first vCPU enters the kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -115,10 +117,10 @@ pub fn load_initrd(file: &File, memory: &Memory, floor: u64, limit: u64) -> Resu
     }
     let low_end = memory.find_region(GuestAddress(0)).map_or(0, |r| r.len());
     let limit = limit.min(low_end);
-    let floor = floor.next_multiple_of(map::PAGE);
-    let start = limit.checked_sub(size).map(|s| s & !(map::PAGE - 1)).filter(|s| *s >= floor);
+    let floor = floor.next_multiple_of(PAGE);
+    let start = limit.checked_sub(size).map(|s| s & !(PAGE - 1)).filter(|s| *s >= floor);
     let start = start.ok_or(LoadError::InitrdMemory { size, free: limit.saturating_sub(floor) })?;
-    map::place(file, 0, memory, start, size).map_err(LoadError::ReadInitrd)?;
+    place(file, 0, memory, start, size).map_err(LoadError::ReadInitrd)?;
     Ok((start, size))
 }
 
@@ -129,6 +131,15 @@ fn check_room(memory: &Memory, start: u64, len: u64) -> Result<(), LoadError> {
         .to_region_addr(GuestAddress(start))
         .is_some_and(|(region, at)| len <= region.len() - vm_memory::Address::raw_value(&at));
     if fits { Ok(()) } else { Err(LoadError::Memory { start, end }) }
+}
+
+/// Reads `len` bytes of `file` from `offset` into guest memory at `start`. The caller has checked that the
+/// range is guest memory.
+fn place(file: &File, offset: u64, memory: &Memory, start: u64, len: u64) -> io::Result<()> {
+    let mut file = file;
+    file.seek(SeekFrom::Start(offset))?;
+    let len = usize::try_from(len).map_err(io::Error::other)?;
+    memory.read_exact_volatile_from(GuestAddress(start), &mut file, len).map_err(io::Error::other)
 }
 
 /// Reads `len` bytes at `offset` of a file, refusing what lies beyond its end.

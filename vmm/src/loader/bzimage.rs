@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use super::{Entry, LoadError, Loaded, check_room, map};
+use super::{Entry, LoadError, Loaded, check_room, place};
 use crate::arch::layout;
 use crate::memory::Memory;
 
@@ -103,7 +103,7 @@ pub fn load(file: &File, file_len: u64, header: SetupHeader, memory: &Memory) ->
     check_room(memory, load, len)?;
     let (preferred, init_size) = (header.u64(0x258), u64::from(header.u32(0x260)));
     check_room(memory, preferred.max(load), init_size)?;
-    map::place(file, offset, memory, load, len).map_err(LoadError::Read)?;
+    place(file, offset, memory, load, len).map_err(LoadError::Read)?;
     let end = (load + len).max(preferred.saturating_add(init_size));
     Ok(Loaded { entry: Entry::Linux64 { address: load + ENTRY_64, header: Some(header) }, end })
 }

@@ -1,9 +1,11 @@
-//! ELF kernels (`vmlinux`): 64-bit little-endian x86_64 executables, entered by PVH where they carry the
-//! note for it, else by the Linux 64-bit boot protocol at their entry point.
+//! ELF kernels (`vmlinux`): 64-bit little-endian x86_64 executables, entered by the Linux 64-bit boot protocol
+//! at their entry point, or by PVH if they carry the note for it and none of Linux.
+//!
+//! Linux has both entries. By PVH it looks for Xen first, which takes 256 CPUID instructions, each an exit.
 
 use std::fs::File;
 
-use super::{Entry, LoadError, Loaded, check_room, map, read_part};
+use super::{Entry, LoadError, Loaded, check_room, place, read_part};
 use crate::arch::layout;
 use crate::memory::Memory;
 
@@ -65,21 +67,21 @@ pub fn load(file: &File, file_len: u64, memory: &Memory) -> Result<Loaded, LoadE
     let mut table = vec![0; count * PROGRAM_HEADER_LEN];
     read_part(file, u64_at(&header, 32), &mut table, "program header table")?;
 
-    let mut pvh = None;
+    let mut notes = Notes::default();
     let mut end = 0;
     for segment in table.chunks_exact(PROGRAM_HEADER_LEN).map(Segment::parse) {
         match segment.kind {
             PT_LOAD => end = end.max(load_segment(file, file_len, memory, &segment)?),
-            PT_NOTE => pvh = pvh.or(pvh_entry(file, &segment)?),
+            PT_NOTE => notes.read(file, &segment)?,
             _ => {}
         }
     }
     if end == 0 {
         return Err(LoadError::Invalid("ELF file has nothing to load"));
     }
-    let entry = match pvh {
-        Some(address) => Entry::Pvh { address },
-        None => Entry::Linux64 { address: u64_at(&header, 24), header: None },
+    let entry = match notes {
+        Notes { pvh: Some(address), linux: false } => Entry::Pvh { address },
+        _ => Entry::Linux64 { address: u64_at(&header, 24), header: None },
     };
     let (Entry::Pvh { address } | Entry::Linux64 { address, .. }) = entry;
     check_room(memory, address, 1)?;
@@ -102,34 +104,48 @@ fn load_segment(file: &File, file_len: u64, memory: &Memory, segment: &Segment) 
         return Err(LoadError::Truncated("a segment"));
     }
     // What the segment has beyond its file contents is zero already: guest memory starts so.
-    map::place(file, segment.offset, memory, segment.address, segment.file_size).map_err(LoadError::Read)?;
+    place(file, segment.offset, memory, segment.address, segment.file_size).map_err(LoadError::Read)?;
     Ok(segment.address + segment.memory_size)
 }
 
-/// Finds the PVH entry point among a segment's notes.
-fn pvh_entry(file: &File, segment: &Segment) -> Result<Option<u64>, LoadError> {
-    if segment.file_size > NOTES_MAX {
-        return Err(LoadError::Invalid("ELF notes are implausibly large"));
-    }
-    let mut notes = vec![0; segment.file_size as usize];
-    read_part(file, segment.offset, &mut notes, "ELF notes")?;
-    let mut rest = notes.as_slice();
-    while rest.len() >= 12 {
-        let (name_len, desc_len) = (u32_at(rest, 0) as usize, u32_at(rest, 4) as usize);
-        let kind = u32_at(rest, 8);
-        let desc_at = 12 + name_len.next_multiple_of(4);
-        let (Some(name), Some(desc)) = (rest.get(12..12 + name_len), rest.get(desc_at..desc_at + desc_len))
-        else {
-            return Ok(None);
-        };
-        if name == b"Xen\0" && kind == XEN_PHYS32_ENTRY {
-            return match desc.len() {
-                4 => Ok(Some(u32_at(desc, 0).into())),
-                8 => Ok(Some(u64_at(desc, 0))),
-                _ => Err(LoadError::Invalid("PVH note has the wrong size")),
-            };
+/// What a kernel's notes say.
+#[derive(Default)]
+struct Notes {
+    /// Where PVH starts.
+    pvh: Option<u64>,
+    /// It is Linux.
+    linux: bool,
+}
+
+impl Notes {
+    /// Takes what the notes in `segment` say. Those behind a broken one are not looked at.
+    fn read(&mut self, file: &File, segment: &Segment) -> Result<(), LoadError> {
+        if segment.file_size > NOTES_MAX {
+            return Err(LoadError::Invalid("ELF notes are implausibly large"));
         }
-        rest = rest.get(desc_at + desc_len.next_multiple_of(4)..).unwrap_or_default();
+        let mut notes = vec![0; segment.file_size as usize];
+        read_part(file, segment.offset, &mut notes, "ELF notes")?;
+        let mut rest = notes.as_slice();
+        while rest.len() >= 12 {
+            let (name_len, desc_len) = (u32_at(rest, 0) as usize, u32_at(rest, 4) as usize);
+            let kind = u32_at(rest, 8);
+            let desc_at = 12 + name_len.next_multiple_of(4);
+            let (Some(name), Some(desc)) =
+                (rest.get(12..12 + name_len), rest.get(desc_at..desc_at + desc_len))
+            else {
+                return Ok(());
+            };
+            self.linux |= name == b"Linux\0";
+            if name == b"Xen\0" && kind == XEN_PHYS32_ENTRY {
+                let address = match desc.len() {
+                    4 => u32_at(desc, 0).into(),
+                    8 => u64_at(desc, 0),
+                    _ => return Err(LoadError::Invalid("PVH note has the wrong size")),
+                };
+                self.pvh = self.pvh.or(Some(address));
+            }
+            rest = rest.get(desc_at + desc_len.next_multiple_of(4)..).unwrap_or_default();
+        }
+        Ok(())
     }
-    Ok(None)
 }

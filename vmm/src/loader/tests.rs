@@ -48,8 +48,8 @@ fn contents(memory: &Memory, address: u64, len: usize) -> Vec<u8> {
 }
 
 #[test]
-fn segments_arrive_whole_whether_mapped_or_read() {
-    // Congruent with pages (mapped inside, read at both ends), and not congruent (read).
+fn segments_arrive_whole_wherever_they_lie() {
+    // At the border of a page, not at one, and not as they lie in the file.
     for address in [MIB, MIB + 0x10, 2 * MIB + 0x123] {
         let offset = 4096 + 0x10;
         let data = body(3 * 4096 + 77);
@@ -77,23 +77,32 @@ fn guest_writes_stay_out_of_the_kernel_file() {
 }
 
 #[test]
-fn pvh_note_decides_the_entry() {
-    let mut note = Vec::new();
-    for (name, kind, desc) in
-        [(&b"GNU\0"[..], 3u32, &[1u8; 20][..]), (b"Xen\0", 18, &[0, 0, 0x20, 0, 0, 0, 0, 0])]
-    {
-        note.extend_from_slice(&(name.len() as u32).to_le_bytes());
-        note.extend_from_slice(&(desc.len() as u32).to_le_bytes());
-        note.extend_from_slice(&kind.to_le_bytes());
-        note.extend_from_slice(name);
-        note.extend_from_slice(desc);
-    }
-    let mut data = body(4096);
-    data[..note.len()].copy_from_slice(&note);
-    let len = note.len() as u64;
-    let image = elf(MIB, &[(1, 4096, 2 * MIB, 4096, 4096), (4, 4096, 2 * MIB, len, len)], &data);
-    let loaded = load_kernel(&file(&image), &guest_memory()).unwrap();
-    assert_eq!(loaded.entry, Entry::Pvh { address: 2 * MIB });
+fn notes_decide_the_entry() {
+    let entry = |notes: &[(&[u8], u32, &[u8])]| {
+        let mut note = Vec::new();
+        for (name, kind, desc) in notes {
+            note.extend_from_slice(&(name.len() as u32).to_le_bytes());
+            note.extend_from_slice(&(desc.len() as u32).to_le_bytes());
+            note.extend_from_slice(&kind.to_le_bytes());
+            for field in [name, desc] {
+                note.extend_from_slice(field);
+                note.resize(note.len().next_multiple_of(4), 0);
+            }
+        }
+        let mut data = body(4096);
+        data[..note.len()].copy_from_slice(&note);
+        let len = note.len() as u64;
+        let image = elf(MIB, &[(1, 4096, 2 * MIB, 4096, 4096), (4, 4096, 2 * MIB, len, len)], &data);
+        load_kernel(&file(&image), &guest_memory()).unwrap().entry
+    };
+    let gnu = (&b"GNU\0"[..], 3, &[1; 20][..]);
+    let pvh = (&b"Xen\0"[..], 18, &[0, 0, 0x20, 0, 0, 0, 0, 0][..]);
+    let linux = (&b"Linux\0"[..], 0x101, &[0][..]);
+    let ours = Entry::Linux64 { address: MIB, header: None };
+    assert_eq!(entry(&[gnu, pvh]), Entry::Pvh { address: 2 * MIB });
+    assert_eq!(entry(&[gnu]), ours);
+    assert_eq!(entry(&[gnu, linux, pvh]), ours, "Linux has both entries");
+    assert_eq!(entry(&[pvh, linux]), ours, "in any order");
 }
 
 #[test]
