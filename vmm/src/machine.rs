@@ -33,6 +33,7 @@ use crate::rate_limiter::TokenBucket;
 use crate::stop::StopSink;
 use crate::vcpu::{self, Environment, Vcpu, VcpuError};
 use crate::virtio::mmio::{self, MmioTransport};
+use crate::virtio::registers::{Acknowledgements, Registers};
 use crate::virtio::{Interrupt, VirtioDevice};
 use crate::vm::{Vm, VmError};
 
@@ -119,6 +120,7 @@ pub struct Machine {
     // The order matters: vCPUs end first, then KVM lets go of memory.
     vcpus: Vec<Vcpu>,
     _vm: Vm,
+    _registers: Vec<Arc<Registers>>,
     memory: Arc<Memory>,
     keyboard: Arc<I8042>,
     console: Arc<Mutex<Console>>,
@@ -158,15 +160,23 @@ impl Machine {
             mmio.insert(layout::BOOT_TIMER, boot_timer::WINDOW, timer.clone())?;
         }
 
-        let mut placer =
-            Placer { vm: &mut vm, mmio: &mut mmio, memory: &memory, event_loop, mmds, windows: Vec::new() };
+        let mut placer = Placer {
+            vm: &mut vm,
+            mmio: &mut mmio,
+            memory: &memory,
+            event_loop,
+            mmds,
+            windows: Vec::new(),
+            registers: Vec::new(),
+            acknowledgements: Arc::default(),
+        };
         let devices = virtio_devices::create(config, &mut placer)?;
-        let windows = placer.windows;
+        let Placer { windows, registers, acknowledgements, .. } = placer;
 
         write_firmware(config, &memory, &boot, &windows)?;
         let environment = Environment { pio: Arc::new(pio), mmio: Arc::new(mmio), stop };
-        let vcpus = start_vcpus(config, &vm, &boot.entry, environment, prepare_vcpu)?;
-        Ok(Self { vcpus, _vm: vm, memory, keyboard, console, boot_timer, devices })
+        let vcpus = start_vcpus(config, &vm, &boot.entry, environment, prepare_vcpu, &acknowledgements)?;
+        Ok(Self { vcpus, _vm: vm, _registers: registers, memory, keyboard, console, boot_timer, devices })
     }
 
     /// Lets the vCPUs run.
@@ -275,6 +285,7 @@ fn start_vcpus(
     entry: &Entry,
     environment: Environment,
     prepare: fn() -> io::Result<()>,
+    acknowledgements: &Acknowledgements,
 ) -> Result<Vec<Vcpu>, BuildError> {
     vcpu::install_kick_handler().map_err(host("signal handler"))?;
     let MachineConfig { vcpu_count: count, smt, .. } = config.machine;
@@ -289,6 +300,9 @@ fn start_vcpus(
             vcpu::set_boot_state(&fd, entry)?;
         }
         fds.push(fd);
+    }
+    if let Some(fd) = fds.first() {
+        acknowledgements.attach(fd).map_err(host("ring of acknowledgements"))?;
     }
     let start = |(index, fd)| Vcpu::start(fd, index, environment.clone(), prepare);
     Ok((0..count).zip(fds).map(start).collect::<Result<_, _>>()?)
@@ -306,6 +320,8 @@ struct Placer<'a> {
     event_loop: &'a mut EventLoop,
     mmds: SharedMmds,
     windows: Vec<VirtioWindow>,
+    registers: Vec<Arc<Registers>>,
+    acknowledgements: Arc<Acknowledgements>,
 }
 
 impl Placer<'_> {
@@ -321,13 +337,20 @@ impl Placer<'_> {
         };
         let irqfd = event().map_err(host("eventfd"))?;
         self.vm.bind_irq(&irqfd, window.irq)?;
-        let transport =
-            MmioTransport::new(device, self.memory.clone(), Interrupt::new(irqfd), self.event_loop)
-                .map_err(host("virtio device"))?;
+        let interrupt = Interrupt::acknowledged_by(irqfd, self.acknowledgements.clone());
+        let registers = interrupt.registers().clone();
+        let transport = MmioTransport::new(device, self.memory.clone(), interrupt, self.event_loop)
+            .map_err(host("virtio device"))?;
         for (queue, notifier) in transport.notifiers().iter().enumerate() {
             self.vm.bind_notification(notifier, window.address + mmio::QUEUE_NOTIFY, queue as u32)?;
         }
         self.mmio.insert(window.address, mmio::WINDOW, Arc::new(transport) as Arc<dyn BusDevice>)?;
+        // SAFETY: `Machine` keeps the registers, and drops them after the VM.
+        unsafe { self.vm.show_registers(window.address, &registers) }?;
+        if self.vm.note_writes(window.address + mmio::INTERRUPT_ACK)? {
+            self.acknowledgements.add(window.address, registers.clone());
+        }
+        self.registers.push(registers);
         self.windows.push(window);
         Ok(())
     }

@@ -10,6 +10,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::layout;
 use crate::memory::Memory;
+use crate::virtio::mmio::WINDOW;
+use crate::virtio::registers::Registers;
 
 /// KVM's part of a virtual machine.
 pub struct Vm {
@@ -17,6 +19,10 @@ pub struct Vm {
     cpuid: CpuId,
     next_slot: u32,
     max_slots: usize,
+    /// Memory that the guest can only read is possible.
+    read_only: bool,
+    /// Writes can be noted for later.
+    coalesced: bool,
 }
 
 /// A request that KVM refused.
@@ -63,7 +69,9 @@ impl Vm {
         fd.set_identity_map_address(layout::KVM_IDENTITY_MAP).map_err(kvm("set identity map address"))?;
         fd.set_tss_address(layout::KVM_TSS as usize).map_err(kvm("set TSS address"))?;
         fd.create_irq_chip().map_err(kvm("create interrupt controllers"))?;
-        Ok(Self { fd, cpuid, next_slot: 0, max_slots })
+        let (read_only, coalesced) =
+            (host.check_extension(Cap::ReadonlyMem), host.check_extension(Cap::CoalescedMmio));
+        Ok(Self { fd, cpuid, next_slot: 0, max_slots, read_only, coalesced })
     }
 
     /// The underlying descriptor, for creating vCPUs.
@@ -116,6 +124,27 @@ impl Vm {
         unsafe { self.fd.set_user_memory_region(region) }.map_err(kvm("set memory region"))?;
         self.next_slot += 1;
         Ok(())
+    }
+
+    /// Lets the guest read `registers` at `address` without leaving guest mode, where KVM can.
+    ///
+    /// # Safety
+    /// `registers` must live for as long as the VM.
+    pub unsafe fn show_registers(&mut self, address: u64, registers: &Registers) -> Result<(), VmError> {
+        if self.read_only {
+            // SAFETY: as promised by the caller.
+            unsafe { self.add_slot(address, WINDOW, registers.address(), true) }?;
+        }
+        Ok(())
+    }
+
+    /// Has KVM note 32-bit writes to `address`, without leaving the kernel; false where it cannot.
+    pub fn note_writes(&self, address: u64) -> Result<bool, VmError> {
+        if self.coalesced {
+            let address = IoEventAddress::Mmio(address);
+            self.fd.register_coalesced_mmio(address, 4).map_err(kvm("note acknowledgements"))?;
+        }
+        Ok(self.coalesced)
     }
 
     /// Raises interrupt line `irq` whenever `event` is signalled.

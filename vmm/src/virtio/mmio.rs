@@ -1,9 +1,10 @@
 //! The virtio-mmio transport, version 2 (virtio 1.2, section 4.2): the registers through which a driver
 //! finds a device, agrees on features, places its queues and starts it.
 //!
-//! Register accesses come from vCPU threads, at any offset and width; those the specification does not
-//! know read as zero and write nowhere. Queue notifications do not come through here: KVM turns a write
-//! to `QueueNotify` into a signal on the queue's event descriptor (ioeventfd).
+//! Registers are a page that always has their present values, which the guest reads by itself (see
+//! [`registers`](super::registers)). Writes come from vCPU threads, at any offset and width; those the
+//! specification does not know write nowhere. Queue notifications do not come through here: KVM turns a
+//! write to `QueueNotify` into a signal on the queue's event descriptor (ioeventfd).
 //!
 //! ```text
 //!  RESET ──ACKNOWLEDGE──▶ ──DRIVER──▶ ──FEATURES_OK──▶ (queues placed) ──DRIVER_OK──▶ ACTIVE
@@ -13,12 +14,14 @@
 //! A driver that skips a step is not believed: the write is ignored, as is everything it sets while it
 //! must not. A queue that lies outside memory, or a device that cannot start, sets `DEVICE_NEEDS_RESET`.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use log::warn;
 use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::registers::Registers;
 use super::{Activation, F_RING_EVENT_IDX, F_VERSION_1, Interrupt, VirtioDevice};
 use crate::bus::BusDevice;
 use crate::event_loop::{EventLoop, EventSet, Events, Subscriber, lock};
@@ -32,7 +35,21 @@ pub const QUEUE_NOTIFY: u64 = 0x50;
 const MAGIC: u32 = 0x7472_6976; // "virt"
 const VERSION: u32 = 2;
 const VENDOR: u32 = 0x554c_5550; // "PULU"
-const CONFIG_SPACE: u64 = 0x100;
+/// Bytes of a configuration space at most: more than any device here has.
+const CONFIG_SPACE_MAX: usize = 0x100;
+
+/// Offset of the register that says what interrupts were for.
+pub const INTERRUPT_STATUS: u64 = 0x60;
+/// Offset of the register whose writes clear bits of [`INTERRUPT_STATUS`].
+pub const INTERRUPT_ACK: u64 = 0x64;
+/// Offset of the device's status.
+pub(super) const STATUS: u64 = 0x70;
+/// Bit of the status: the driver has to reset the device.
+pub(super) const NEEDS_RESET: u32 = status::NEEDS_RESET;
+/// Offset of a number that changes with the configuration space.
+pub(super) const CONFIG_GENERATION: u64 = 0xfc;
+/// Offset of the configuration space.
+pub(super) const CONFIG_SPACE: u64 = 0x100;
 
 mod status {
     pub const ACKNOWLEDGE: u32 = 1;
@@ -74,7 +91,6 @@ struct State {
     queue_select: u32,
     status: u32,
     active: bool,
-    generation: u32,
 }
 
 /// The event-loop side of a device whose concrete type the transport does not know.
@@ -123,8 +139,12 @@ impl MmioTransport {
             queue_select: 0,
             status: 0,
             active: false,
-            generation: 0,
         };
+        for (offset, value) in [(0x00, MAGIC), (0x04, VERSION), (0x08, device_type), (0x0c, VENDOR)] {
+            state.registers().set(offset, value);
+        }
+        state.show();
+        state.show_config_space();
         Ok(Self { state: Mutex::new(state), notifiers })
     }
 
@@ -136,22 +156,21 @@ impl MmioTransport {
 
 impl BusDevice for MmioTransport {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        let mut state = lock(&self.state);
-        data.fill(0);
-        if offset >= CONFIG_SPACE {
-            lock(&state.device).read_config(offset - CONFIG_SPACE, data);
-        } else if let Ok(word) = <&mut [u8; 4]>::try_from(data) {
-            *word = state.read_register(offset).to_le_bytes();
-        }
+        let state = lock(&self.state);
+        // Those noted and not done yet.
+        state.interrupt.acknowledge(0);
+        state.registers().read(offset, data);
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
         let mut state = lock(&self.state);
         if offset >= CONFIG_SPACE {
             lock(&state.device).write_config(offset - CONFIG_SPACE, data);
+            state.show_config_space();
         } else if let Ok(word) = <[u8; 4]>::try_from(data) {
             let was_active = state.active;
             state.write_register(offset, u32::from_le_bytes(word));
+            state.show();
             if state.active && !was_active {
                 // A driver may notify before DRIVER_OK (Linux's balloon does): what the device could not
                 // see then, it looks at now.
@@ -166,26 +185,31 @@ impl State {
         lock(&self.device).features() | F_VERSION_1
     }
 
-    fn read_register(&mut self, offset: u64) -> u32 {
-        match offset {
-            0x00 => MAGIC,
-            0x04 => VERSION,
-            0x08 => self.device_type,
-            0x0c => VENDOR,
-            0x10 => page(self.features(), self.feature_page),
-            0x34 => self.queues.get(self.queue_select as usize).map_or(0, |q| q.max_size().into()),
-            0x44 => self.queues.get(self.queue_select as usize).is_some_and(|q| q.ready()).into(),
-            0x60 => self.interrupt.status(),
-            0x70 if self.interrupt.is_broken() => self.status | status::NEEDS_RESET,
-            0x70 => self.status,
-            0xfc => {
-                // The generation only has to differ when a driver could have read half a change. Devices
-                // change their space under their own lock, so a new number per read is enough and simple.
-                self.generation = self.generation.wrapping_add(u32::from(self.interrupt.status() & 2 != 0));
-                self.generation
-            }
-            _ => 0,
+    fn registers(&self) -> &Registers {
+        self.interrupt.registers()
+    }
+
+    /// Puts into the registers what depends on the driver's writes.
+    fn show(&self) {
+        let queue = self.queues.get(self.queue_select as usize);
+        let registers = self.registers();
+        registers.set(0x10, page(self.features(), self.feature_page));
+        registers.set(0x34, queue.map_or(0, |q| q.max_size().into()));
+        registers.set(0x44, queue.is_some_and(|q| q.ready()).into());
+        registers.set(STATUS, self.status);
+        // In this order: a device that breaks meanwhile sets the bit itself, after what is looked at here.
+        if self.interrupt.is_broken() {
+            registers.at(STATUS).fetch_or(NEEDS_RESET, Ordering::SeqCst);
         }
+    }
+
+    /// Puts the configuration space where the driver reads it.
+    fn show_config_space(&self) {
+        let mut space = [0; CONFIG_SPACE_MAX];
+        // Devices tell of changes under their own lock.
+        let device = lock(&self.device);
+        device.read_config(0, &mut space);
+        self.registers().write(CONFIG_SPACE, &space);
     }
 
     fn write_register(&mut self, offset: u64, value: u32) {
@@ -200,8 +224,11 @@ impl State {
                 }
             }),
             0x44 => self.with_queue(|q| q.set_ready(value == 1)),
-            0x64 => self.interrupt.acknowledge(value),
-            0x70 => self.set_status(value),
+            INTERRUPT_ACK => self.interrupt.acknowledge(value),
+            STATUS => {
+                self.set_status(value);
+                self.show_config_space();
+            }
             0x80 => self.with_queue(|q| q.set_desc_table_address(Some(value), None)),
             0x84 => self.with_queue(|q| q.set_desc_table_address(None, Some(value))),
             0x90 => self.with_queue(|q| q.set_avail_ring_address(Some(value), None)),

@@ -4,8 +4,6 @@ use super::*;
 use crate::memory;
 use crate::virtio::{ActivateError, read_config_space};
 
-const STATUS: u64 = 0x70;
-
 #[derive(Default)]
 struct Fake {
     activated: Option<(u64, Vec<u16>)>,
@@ -155,9 +153,9 @@ fn a_driver_finds_negotiates_and_starts_the_device() {
 fn interrupts_are_seen_and_acknowledged_bit_by_bit() {
     let f = fixture();
     f.interrupt.queue();
-    f.interrupt.config();
+    f.interrupt.config(&[7, 8]);
     assert_eq!(f.interrupt.irqfd().read().unwrap(), 2);
-    assert_eq!(f.read(0x60), 3);
+    assert_eq!((f.read(0x60), f.read(0x100)), (3, 0x807));
     f.write(0x64, 1);
     assert_eq!(f.read(0x60), 2);
 }

@@ -21,6 +21,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::event_loop::{Events, Subscriber};
 use crate::memory::Memory;
+use registers::{Acknowledgements, Registers};
 
 pub mod balloon;
 pub mod block;
@@ -29,6 +30,7 @@ pub mod disk;
 pub mod mmio;
 pub mod net;
 pub mod pmem;
+pub mod registers;
 pub mod rng;
 #[cfg(test)]
 pub mod testing;
@@ -52,7 +54,9 @@ pub struct Interrupt(Arc<InterruptInner>);
 
 struct InterruptInner {
     irqfd: EventFd,
-    status: AtomicU32,
+    /// The device's window, in which the interrupt's status is.
+    registers: Arc<Registers>,
+    acknowledgements: Arc<Acknowledgements>,
     needs_reset: AtomicBool,
 }
 
@@ -60,17 +64,30 @@ const ISR_QUEUE: u32 = 1;
 const ISR_CONFIG: u32 = 2;
 
 impl Interrupt {
-    /// An interrupt raised through `irqfd`.
+    /// An interrupt raised through `irqfd`, acknowledged through the transport only.
     pub fn new(irqfd: EventFd) -> Self {
+        Self::acknowledged_by(irqfd, Arc::default())
+    }
+
+    /// An interrupt raised through `irqfd`, acknowledged through the transport or `acknowledgements`.
+    pub fn acknowledged_by(irqfd: EventFd, acknowledgements: Arc<Acknowledgements>) -> Self {
         Self(Arc::new(InterruptInner {
             irqfd,
-            status: AtomicU32::new(0),
+            registers: Registers::new().into(),
+            acknowledgements,
             needs_reset: AtomicBool::new(false),
         }))
     }
 
+    /// The registers of the device whose interrupt it is.
+    pub fn registers(&self) -> &Arc<Registers> {
+        &self.0.registers
+    }
+
     fn raise(&self, bit: u32) {
-        self.0.status.fetch_or(bit, Ordering::SeqCst);
+        // What is acknowledged after this belongs to what the driver is told now.
+        self.0.acknowledgements.take();
+        self.status().fetch_or(bit, Ordering::SeqCst);
         // The counter only overflows after 2^64 - 2 unread interrupts, and KVM reads it at once.
         let _ = self.0.irqfd.write(1);
     }
@@ -80,8 +97,13 @@ impl Interrupt {
         self.raise(ISR_QUEUE);
     }
 
-    /// The configuration space changed.
-    pub fn config(&self) {
+    /// The configuration space changed, and is `space` now.
+    pub fn config(&self, space: &[u8]) {
+        let generation = self.0.registers.at(mmio::CONFIG_GENERATION);
+        // Before and after: a driver that read while it was written sees two numbers.
+        generation.fetch_add(1, Ordering::SeqCst);
+        self.0.registers.write(mmio::CONFIG_SPACE, space);
+        generation.fetch_add(1, Ordering::SeqCst);
         self.raise(ISR_CONFIG);
     }
 
@@ -89,15 +111,18 @@ impl Interrupt {
     /// nothing more until it is reset.
     pub fn needs_reset(&self) {
         self.0.needs_reset.store(true, Ordering::SeqCst);
-        self.config();
+        self.0.registers.at(mmio::STATUS).fetch_or(mmio::NEEDS_RESET, Ordering::SeqCst);
+        self.raise(ISR_CONFIG);
     }
 
-    fn status(&self) -> u32 {
-        self.0.status.load(Ordering::SeqCst)
+    fn status(&self) -> &AtomicU32 {
+        self.0.registers.at(mmio::INTERRUPT_STATUS)
     }
 
     fn acknowledge(&self, bits: u32) {
-        self.0.status.fetch_and(!bits, Ordering::SeqCst);
+        // Those that came before.
+        self.0.acknowledgements.take();
+        self.status().fetch_and(!bits, Ordering::SeqCst);
     }
 
     fn is_broken(&self) -> bool {
@@ -105,7 +130,8 @@ impl Interrupt {
     }
 
     fn clear(&self) {
-        self.0.status.store(0, Ordering::SeqCst);
+        self.0.acknowledgements.take();
+        self.status().store(0, Ordering::SeqCst);
         self.0.needs_reset.store(false, Ordering::SeqCst);
     }
 

@@ -218,8 +218,18 @@ impl Balloon {
 
     fn config_changed(&self) {
         if let Some(active) = &self.active {
-            active.interrupt.config();
+            active.interrupt.config(&self.config_space());
         }
+    }
+
+    /// The configuration space (5.5.4), and behind it the command of free page hinting.
+    fn config_space(&self) -> [u8; 12] {
+        let fields = [self.target, self.actual, self.hinting.command()];
+        let mut space = [0; 12];
+        for (bytes, field) in space.chunks_exact_mut(4).zip(fields) {
+            bytes.copy_from_slice(&field.to_le_bytes());
+        }
+        space
     }
 
     fn start_timer(&mut self) {
@@ -327,7 +337,7 @@ impl Balloon {
                 let read = active.memory.read_slice(&mut command, descriptor.addr());
                 read.map_err(io::Error::other)?;
                 if self.hinting.guest_said(u32::from_le_bytes(command)) {
-                    active.interrupt.config();
+                    active.interrupt.config(&self.config_space());
                 }
             } else if self.hinting.takes_ranges() {
                 self.metrics.free_page_hint_count.inc();
@@ -430,12 +440,7 @@ impl VirtioDevice for Balloon {
 
     /// `num_pages`, `actual` and `free_page_hint_cmd_id` (5.5.4).
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let fields = [self.target, self.actual, self.hinting.command()];
-        let mut space = [0; 12];
-        for (bytes, field) in space.chunks_exact_mut(4).zip(fields) {
-            bytes.copy_from_slice(&field.to_le_bytes());
-        }
-        read_config_space(&space, offset, data);
+        read_config_space(&self.config_space(), offset, data);
     }
 
     /// The driver writes `actual` and nothing else.

@@ -213,7 +213,7 @@ impl Block {
             self.disk = disk;
         }
         if let Some(active) = &self.active {
-            active.interrupt.config();
+            active.interrupt.config(&self.config_space());
         }
         Ok(())
     }

@@ -456,9 +456,10 @@ impl Net {
         if let Some(events) = &self.events {
             events.remove(&self.tap);
         }
+        let space = self.config_space();
         if let Some(active) = &mut self.active {
             active.readable = false;
-            active.interrupt.config();
+            active.interrupt.config(&space);
         }
     }
 
