@@ -152,7 +152,8 @@ fn a_security_group_lets_in_whom_it_names() {
         let daemon = Daemon::start();
         let (a, b) = (daemon.run(&[]), daemon.run(&[]));
         let at = daemon.show(&b)["interface"]["private_address"].as_str().unwrap().to_owned();
-        let listen = "(nc -lk -p 80 -e /bin/echo hello </dev/null >/dev/null 2>&1 &)";
+        // What has a session of its own stays when the command has ended.
+        let listen = "setsid nc -lk -p 80 -e /bin/echo hello </dev/null >/dev/null 2>&1 & sleep 1";
         daemon.sh(&b, listen);
         // Members of the default group reach each other.
         let hello = |from: &str| daemon.sh(from, &format!("nc -w 10 {at} 80 </dev/null || true"));
