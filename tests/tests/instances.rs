@@ -4,8 +4,8 @@ use std::net::TcpStream;
 use std::process::Command;
 
 use pulau_tests::daemon::{Daemon, in_own_network};
-use pulau_tests::{PATIENCE, wait_for};
-use serde_json::Value;
+use pulau_tests::{PATIENCE, api, wait_for};
+use serde_json::{Value, json};
 
 fn state(instance: &Value) -> &str {
     instance["state"].as_str().unwrap_or_default()
@@ -145,19 +145,32 @@ fn what_a_guest_does_to_itself_is_seen() {
     });
 }
 
-/// Groups decide who gets in.
+/// What a group allows counts at once, for guests that run.
 #[test]
 fn a_security_group_lets_in_whom_it_names() {
     in_own_network(|| {
         let daemon = Daemon::start();
-        let (a, b) = (daemon.run(&[]), daemon.run(&[]));
-        let at = daemon.show(&b)["interface"]["private_address"].as_str().unwrap().to_owned();
+        let api = |method: &str, path: &str, body: Value| {
+            api::request(&daemon.path("api.sock"), method, path, &body.to_string()).expect("an answer").ok()
+        };
+        let closed = api("POST", "/v1/security-groups", json!({"name": "closed"}));
+        let client = daemon.run(&[]);
+        let server = daemon.run(&["--security-group", "closed"]);
+        let at = daemon.show(&server)["interface"]["private_address"].as_str().unwrap().to_owned();
         // What has a session of its own stays when the command has ended.
-        let listen = "setsid nc -lk -p 80 -e /bin/echo hello </dev/null >/dev/null 2>&1 & sleep 1";
-        daemon.sh(&b, listen);
-        // Members of the default group reach each other.
-        let hello = |from: &str| daemon.sh(from, &format!("nc -w 10 {at} 80 </dev/null || true"));
-        assert_eq!(hello(&a), "hello\n");
-        assert!(TcpStream::connect((at.as_str(), 80)).is_ok(), "the host itself is the operator's");
+        let listen = "setsid nc -ll -p 80 -e /bin/echo hello </dev/null >/dev/null 2>&1 & sleep 1";
+        daemon.sh(&server, listen);
+        let hello = || daemon.sh(&client, &format!("nc -w 5 {at} 80 </dev/null || true"));
+        assert_eq!(hello(), "", "nobody may connect to its members");
+
+        let default = daemon.show(&client)["security_groups"][0].clone();
+        let rule = json!({"protocol": "tcp", "from_port": 80, "to_port": 80, "peer": {"group_id": default}});
+        let path = format!("/v1/security-groups/{}", closed["id"].as_str().unwrap());
+        api("PATCH", &path, json!({"ingress": [rule]}));
+        wait_for("the rule to count", PATIENCE, || (hello() == "hello\n").then_some(()));
+        let in_use = api::request(&daemon.path("api.sock"), "DELETE", &path, "").expect("an answer");
+        assert_eq!((in_use.status, &in_use.body["error"]["code"]), (409, &json!("InvalidGroup.InUse")));
+        // The host itself is the operator's.
+        assert!(TcpStream::connect((at.as_str(), 80)).is_ok());
     });
 }
