@@ -158,6 +158,8 @@ async fn a_start_that_was_never_finished_is_buried() {
         let driving = Driving::start(&bench, "a", kernel, "run");
         let console = bench.path("run/a/console.log");
         wait_until(|| fs::read_to_string(&console).is_ok_and(|text| text.contains("/actions")));
+        // One has been told to boot and has not agreed; the other has, and will not say anything again.
+        wait_until(|| kernel == "silent" || bench.path("run/a/started").exists());
         driving.kill();
         let vm = MicroVm::adopt(&bench.host(), "a").unwrap();
         let ending = vm.started().await.unwrap_err();
