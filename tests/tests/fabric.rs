@@ -570,9 +570,16 @@ fn what_is_detached_leaves_nothing() {
     let counters = site.run(empty.counters()).unwrap();
     assert_eq!(counters.keys().collect::<Vec<_>>(), ["pl-blue1", "pl-red1", "pl-red2"]);
     // Whether step by step or at once, it is the same.
-    let other = Site::new();
-    let _fabric = other.start(&plan);
-    assert_same(&by_steps, &other.state());
+    let at_once = std::thread::scope(|scope| {
+        // A thread that has been in another host's network has to stay there.
+        let other = scope.spawn(|| {
+            let other = Site::new();
+            let _fabric = other.start(&plan);
+            other.state()
+        });
+        other.join().unwrap()
+    });
+    assert_same(&by_steps, &at_once);
     site.run(async {
         let error = empty.remove_network("red").await.unwrap_err().to_string();
         assert!(error.contains("still used by pl-red1"), "{error}");
