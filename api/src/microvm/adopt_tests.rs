@@ -219,5 +219,8 @@ async fn killed_at_any_moment_of_a_start_it_is_taken_over_or_leaves_nothing() {
         }
     }
     // How far it comes in what time is the machine's; that it was met on either side of its start is the test's.
-    assert!(adopted > 0 && buried + nothing > 0, "adopted {adopted}, buried {buried}, nothing to bury {nothing}");
+    assert!(
+        adopted > 0 && buried + nothing > 0,
+        "adopted {adopted}, buried {buried}, nothing to bury {nothing}"
+    );
 }
