@@ -1,12 +1,14 @@
 //! A client of the daemon's API, for the command line: one connection a request, over the Unix socket or TCP.
 
+pub mod events;
+
 use std::path::PathBuf;
 
 use anyhow::{Context as _, bail};
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::{Bytes, Incoming};
 use hyper::client::conn::http1::handshake;
-use hyper::{Method, Request, Response, header};
+use hyper::{Method, Request, Response, StatusCode, header};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -76,20 +78,8 @@ impl Client {
 
     async fn send(&self, method: Method, path: &str, body: Option<&impl Serialize>) -> anyhow::Result<Bytes> {
         let response = self.request(method, path, body).await?;
-        let status = response.status();
-        let body = Limited::new(response.into_body(), LONGEST_ANSWER).collect().await;
-        let body = body.map_err(|error| anyhow::anyhow!("the daemon broke off: {error}"))?.to_bytes();
-        if status.is_success() {
-            return Ok(body);
-        }
-        let answer: Value = serde_json::from_slice(&body).unwrap_or_default();
-        let field = |name: &str| answer["error"][name].as_str().map(str::to_owned);
-        Err(Refused {
-            status: status.as_u16(),
-            code: field("code").unwrap_or_else(|| status.to_string()),
-            message: field("message").unwrap_or_else(|| "the daemon refused".to_owned()),
-        }
-        .into())
+        let body = successful(response).await?.into_body();
+        Ok(Limited::new(body, LONGEST_ANSWER).collect().await.map_err(broke_off)?.to_bytes())
     }
 
     /// Sends a request and returns the answer as it comes.
@@ -99,10 +89,7 @@ impl Client {
         path: &str,
         body: Option<&impl Serialize>,
     ) -> anyhow::Result<Response<Incoming>> {
-        let mut request = Request::builder().method(method).uri(path).header(header::HOST, "pulau");
-        if let Endpoint::Tcp { token: Some(token), .. } = &self.0 {
-            request = request.header(header::AUTHORIZATION, format!("Bearer {token}"));
-        }
+        let mut request = self.builder(method, path);
         let bytes = match body {
             Some(body) => {
                 request = request.header(header::CONTENT_TYPE, "application/json");
@@ -110,7 +97,47 @@ impl Client {
             }
             None => Vec::new(),
         };
-        let request = request.body(Full::new(Bytes::from(bytes)))?;
+        self.transmit(request.body(Full::new(Bytes::from(bytes)))?).await
+    }
+
+    /// Asks for a connection on which `protocol` is spoken from then on. Blocks when it is read and written; the
+    /// runtime has to be running meanwhile.
+    pub async fn upgrade(
+        &self,
+        path: &str,
+        protocol: &str,
+    ) -> anyhow::Result<std::os::unix::net::UnixStream> {
+        let request = self.builder(Method::GET, path);
+        let request = request.header(header::CONNECTION, "upgrade").header(header::UPGRADE, protocol);
+        let response = self.transmit(request.body(Full::default())?).await?;
+        if response.status() != StatusCode::SWITCHING_PROTOCOLS {
+            successful(response).await?;
+            bail!("the daemon does not speak {protocol}: is it of another version?");
+        }
+        let daemon = hyper::upgrade::on(response).await.map_err(broke_off)?;
+        // It may be a Unix socket or TCP; what reads it wants the one.
+        let (mut near, far) = UnixStream::pair()?;
+        tokio::spawn(async move {
+            // When one end goes, so does the other; the one who reads sees it.
+            let _ = tokio::io::copy_bidirectional(&mut TokioIo::new(daemon), &mut near).await;
+        });
+        let far = far.into_std()?;
+        far.set_nonblocking(false)?;
+        Ok(far)
+    }
+
+    /// The beginning of a request.
+    fn builder(&self, method: Method, path: &str) -> hyper::http::request::Builder {
+        let request = Request::builder().method(method).uri(path).header(header::HOST, "pulau");
+        match &self.0 {
+            Endpoint::Tcp { token: Some(token), .. } => {
+                request.header(header::AUTHORIZATION, format!("Bearer {token}"))
+            }
+            _ => request,
+        }
+    }
+
+    async fn transmit(&self, request: Request<Full<Bytes>>) -> anyhow::Result<Response<Incoming>> {
         match &self.0 {
             Endpoint::Socket(path) => {
                 let stream = UnixStream::connect(path).await.with_context(|| {
@@ -127,6 +154,36 @@ impl Client {
     }
 }
 
+/// The answer, unless it is a refusal.
+async fn successful(response: Response<Incoming>) -> anyhow::Result<Response<Incoming>> {
+    let status = response.status();
+    if status.is_success() {
+        return Ok(response);
+    }
+    let body = Limited::new(response.into_body(), LONGEST_ANSWER).collect().await;
+    let answer: Value = serde_json::from_slice(&body.map_err(broke_off)?.to_bytes()).unwrap_or_default();
+    let field = |name: &str| answer["error"][name].as_str().map(str::to_owned);
+    Err(Refused {
+        status: status.as_u16(),
+        code: field("code").unwrap_or_else(|| status.to_string()),
+        message: field("message").unwrap_or_else(|| "the daemon refused".to_owned()),
+    }
+    .into())
+}
+
+fn broke_off(error: impl std::fmt::Display) -> anyhow::Error {
+    anyhow::anyhow!("the daemon broke off: {error}")
+}
+
+/// Percent-encodes what is not plain.
+pub fn escape(text: &str) -> String {
+    let encode = |byte: u8| match byte {
+        b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => char::from(byte).to_string(),
+        other => format!("%{other:02X}"),
+    };
+    text.bytes().map(encode).collect()
+}
+
 async fn exchange(
     stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
     request: Request<Full<Bytes>>,
@@ -135,6 +192,6 @@ async fn exchange(
     tokio::spawn(connection.with_upgrades());
     match sender.send_request(request).await {
         Ok(response) => Ok(response),
-        Err(error) => bail!("the daemon broke off: {error}"),
+        Err(error) => Err(broke_off(error)),
     }
 }

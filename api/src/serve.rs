@@ -54,8 +54,8 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let service = start(&config).await?;
-    let api = Arc::new(Api::new(service.clone()));
-    let router = http::router(api);
+    let api = Api::new(service.clone());
+    let router = http::router(api.clone());
 
     let (end, ended) = watch::channel(false);
     let unix = bind_socket(&config.socket).await?;
@@ -76,6 +76,7 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     tracing::info!("ending; instances run on");
     tell_manager("STOPPING=1");
     end.send_replace(true);
+    api.end_streams();
     let finish = async {
         for server in servers {
             let _ = server.await;

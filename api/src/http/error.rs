@@ -4,7 +4,7 @@
 //! and say what to do. What is nobody's business but the operator's goes to the log, under the request's id.
 
 use axum::Json;
-use axum::http::StatusCode;
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use utoipa::ToSchema;
@@ -62,11 +62,19 @@ impl IntoResponse for Refusal {
     }
 }
 
-/// The answer with its body.
-pub fn complete(refusal: Refusal, request_id: &str) -> Response {
+/// The answer with its body. `headers` are those of the answer so far.
+pub fn complete(refusal: Refusal, request_id: &str, headers: &HeaderMap) -> Response {
     let Refusal { status, code, message } = refusal;
     let error = ErrorDetail { code, message, request_id: request_id.to_owned() };
-    (status, Json(ErrorBody { error })).into_response()
+    let mut response = (status, Json(ErrorBody { error })).into_response();
+    // RFC 9110, sections 15.5.6 and 15.5.2: what would do.
+    if let Some(methods) = headers.get(header::ALLOW) {
+        response.headers_mut().insert(header::ALLOW, methods.clone());
+    }
+    if status == StatusCode::UNAUTHORIZED {
+        response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+    }
+    response
 }
 
 impl From<Error> for Refusal {

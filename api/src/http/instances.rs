@@ -4,14 +4,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use super::error::{ErrorBody, Refusal};
-use super::extract::{Body, Query};
+use super::extract::{Body, Path, Query};
 use super::list::{ListInstances, page};
 use super::{Api, List};
 use crate::instances::{Error, ModifyInstance, RunInstances, StopInstance};
@@ -29,7 +29,7 @@ pub struct Ran {
 
 /// List instances, in order of their ids.
 #[utoipa::path(get, path = "/v1/instances", tag = "instances", params(ListInstances),
-    responses((status = 200, body = List<Instance>), (status = "default", body = ErrorBody)))]
+    responses((status = 200, description = "Instances.", body = List<Instance>), (status = "default", description = "Refused.", body = ErrorBody)))]
 pub async fn list(
     State(api): State<Arc<Api>>,
     Query(query): Query<ListInstances>,
@@ -39,7 +39,7 @@ pub async fn list(
 
 /// Run instances: all that were asked for at least, or none.
 #[utoipa::path(post, path = "/v1/instances", tag = "instances", request_body = RunInstances,
-    responses((status = 201, body = Ran), (status = "default", body = ErrorBody)))]
+    responses((status = 201, description = "The instances that were run.", body = Ran), (status = "default", description = "Refused.", body = ErrorBody)))]
 pub async fn run(
     State(api): State<Arc<Api>>,
     Body(request): Body<RunInstances>,
@@ -48,8 +48,8 @@ pub async fn run(
 }
 
 /// Show an instance.
-#[utoipa::path(get, path = "/v1/instances/{id}", tag = "instances", params(("id" = String, Path)),
-    responses((status = 200, body = Instance), (status = "default", body = ErrorBody)))]
+#[utoipa::path(get, path = "/v1/instances/{id}", tag = "instances", params(("id" = String, Path, description = "Id of the instance.")),
+    responses((status = 200, description = "The instance.", body = Instance), (status = "default", description = "Refused.", body = ErrorBody)))]
 pub async fn get(
     State(api): State<Arc<Api>>,
     Path(id): Path<String>,
@@ -58,9 +58,9 @@ pub async fn get(
 }
 
 /// Change an instance.
-#[utoipa::path(patch, path = "/v1/instances/{id}", tag = "instances", params(("id" = String, Path)),
+#[utoipa::path(patch, path = "/v1/instances/{id}", tag = "instances", params(("id" = String, Path, description = "Id of the instance.")),
     request_body = ModifyInstance,
-    responses((status = 200, body = Instance), (status = "default", body = ErrorBody)))]
+    responses((status = 200, description = "The instance.", body = Instance), (status = "default", description = "Refused.", body = ErrorBody)))]
 pub async fn modify(
     State(api): State<Arc<Api>>,
     Path(id): Path<String>,
@@ -70,8 +70,8 @@ pub async fn modify(
 }
 
 /// Terminate an instance: end it for good, with its root disk.
-#[utoipa::path(delete, path = "/v1/instances/{id}", tag = "instances", params(("id" = String, Path)),
-    responses((status = 202, body = Instance), (status = "default", body = ErrorBody)))]
+#[utoipa::path(delete, path = "/v1/instances/{id}", tag = "instances", params(("id" = String, Path, description = "Id of the instance.")),
+    responses((status = 202, description = "The instance.", body = Instance), (status = "default", description = "Refused.", body = ErrorBody)))]
 pub async fn terminate(
     State(api): State<Arc<Api>>,
     Path(id): Path<String>,
@@ -80,8 +80,8 @@ pub async fn terminate(
 }
 
 /// Start a stopped instance.
-#[utoipa::path(post, path = "/v1/instances/{id}/start", tag = "instances", params(("id" = String, Path)),
-    responses((status = 202, body = Instance), (status = "default", body = ErrorBody)))]
+#[utoipa::path(post, path = "/v1/instances/{id}/start", tag = "instances", params(("id" = String, Path, description = "Id of the instance.")),
+    responses((status = 202, description = "The instance.", body = Instance), (status = "default", description = "Refused.", body = ErrorBody)))]
 pub async fn start(
     State(api): State<Arc<Api>>,
     Path(id): Path<String>,
@@ -90,9 +90,9 @@ pub async fn start(
 }
 
 /// Stop an instance. It keeps its id, disks and address.
-#[utoipa::path(post, path = "/v1/instances/{id}/stop", tag = "instances", params(("id" = String, Path)),
+#[utoipa::path(post, path = "/v1/instances/{id}/stop", tag = "instances", params(("id" = String, Path, description = "Id of the instance.")),
     request_body = StopInstance,
-    responses((status = 202, body = Instance), (status = "default", body = ErrorBody)))]
+    responses((status = 202, description = "The instance.", body = Instance), (status = "default", description = "Refused.", body = ErrorBody)))]
 pub async fn stop(
     State(api): State<Arc<Api>>,
     Path(id): Path<String>,
@@ -102,8 +102,8 @@ pub async fn stop(
 }
 
 /// Boot a running instance anew.
-#[utoipa::path(post, path = "/v1/instances/{id}/reboot", tag = "instances", params(("id" = String, Path)),
-    responses((status = 202, body = Instance), (status = "default", body = ErrorBody)))]
+#[utoipa::path(post, path = "/v1/instances/{id}/reboot", tag = "instances", params(("id" = String, Path, description = "Id of the instance.")),
+    responses((status = 202, description = "The instance.", body = Instance), (status = "default", description = "Refused.", body = ErrorBody)))]
 pub async fn reboot(
     State(api): State<Arc<Api>>,
     Path(id): Path<String>,
@@ -116,6 +116,7 @@ pub async fn reboot(
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub struct WaitFor {
+    /// The state to wait for.
     pub state: InstanceState,
     /// Whether the agent in the guest must answer, too.
     #[serde(default)]
@@ -127,8 +128,8 @@ pub struct WaitFor {
 }
 
 /// Wait until an instance is in a state, or cannot come there any more by itself.
-#[utoipa::path(get, path = "/v1/instances/{id}/wait", tag = "instances", params(("id" = String, Path), WaitFor),
-    responses((status = 200, body = Instance), (status = "default", body = ErrorBody)))]
+#[utoipa::path(get, path = "/v1/instances/{id}/wait", tag = "instances", params(("id" = String, Path, description = "Id of the instance."), WaitFor),
+    responses((status = 200, description = "The instance.", body = Instance), (status = "default", description = "Refused.", body = ErrorBody)))]
 pub async fn wait(
     State(api): State<Arc<Api>>,
     Path(id): Path<String>,
@@ -146,8 +147,8 @@ pub async fn wait(
 }
 
 /// Show what an instance wrote to its serial console: the last 64 KiB, over all its boots.
-#[utoipa::path(get, path = "/v1/instances/{id}/console", tag = "instances", params(("id" = String, Path)),
-    responses((status = 200, content_type = "text/plain", body = String), (status = "default", body = ErrorBody)))]
+#[utoipa::path(get, path = "/v1/instances/{id}/console", tag = "instances", params(("id" = String, Path, description = "Id of the instance.")),
+    responses((status = 200, description = "The end of what it wrote.", content_type = "text/plain", body = String), (status = "default", description = "Refused.", body = ErrorBody)))]
 pub async fn console(
     State(api): State<Arc<Api>>,
     Path(id): Path<String>,
@@ -157,8 +158,8 @@ pub async fn console(
 }
 
 /// Show what a running instance uses of the host.
-#[utoipa::path(get, path = "/v1/instances/{id}/metrics", tag = "instances", params(("id" = String, Path)),
-    responses((status = 200, body = Object), (status = "default", body = ErrorBody)))]
+#[utoipa::path(get, path = "/v1/instances/{id}/metrics", tag = "instances", params(("id" = String, Path, description = "Id of the instance.")),
+    responses((status = 200, description = "What it uses now, and has used since it was started.", body = Object), (status = "default", description = "Refused.", body = ErrorBody)))]
 pub async fn metrics(State(api): State<Arc<Api>>, Path(id): Path<String>) -> Result<Json<Usage>, Refusal> {
     let usage = api.instances.machine(&id)?.usage().await.map_err(Error::from)?;
     Ok(Json(usage))
@@ -192,9 +193,9 @@ pub struct ExecResult {
 }
 
 /// Run a command in a guest by its agent, and wait for it.
-#[utoipa::path(post, path = "/v1/instances/{id}/exec", tag = "instances", params(("id" = String, Path)),
+#[utoipa::path(post, path = "/v1/instances/{id}/exec", tag = "instances", params(("id" = String, Path, description = "Id of the instance.")),
     request_body = Exec,
-    responses((status = 200, body = ExecResult), (status = "default", body = ErrorBody)))]
+    responses((status = 200, description = "How the command ended, and what it wrote.", body = ExecResult), (status = "default", description = "Refused.", body = ErrorBody)))]
 pub async fn exec(
     State(api): State<Arc<Api>>,
     Path(id): Path<String>,
@@ -223,7 +224,7 @@ pub struct Types {
 }
 
 /// List the instance types.
-#[utoipa::path(get, path = "/v1/instance-types", tag = "instances", responses((status = 200, body = Types)))]
+#[utoipa::path(get, path = "/v1/instance-types", tag = "instances", responses((status = 200, description = "The sizes that have names.", body = Types)))]
 pub async fn types() -> Json<Types> {
     Json(Types { items: INSTANCE_TYPES.to_vec() })
 }

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::extract::{Request, State};
-use axum::http::{HeaderName, HeaderValue, StatusCode};
+use axum::extract::{MatchedPath, Request, State};
+use axum::http::{HeaderName, HeaderValue, Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use tokio::time::{Instant, timeout};
@@ -30,14 +30,18 @@ pub async fn frame(State(api): State<Arc<Api>>, request: Request, next: Next) ->
             return Refusal::new(StatusCode::TOO_MANY_REQUESTS, "RequestLimitExceeded", message)
                 .into_response();
         };
-        let changes_something = !request.method().is_safe();
+        let method = request.method().clone();
+        let route = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
         let response = timeout(LONGEST, next.run(request)).await.unwrap_or_else(|_| {
             let message = format!("it took longer than {} s", LONGEST.as_secs());
             Refusal::new(StatusCode::GATEWAY_TIMEOUT, "RequestTimeout", message).into_response()
         });
         let caller = response.extensions().get::<Caller>().map_or("-", |caller| caller.name.as_str());
         let (status, took_ms) = (response.status().as_u16(), begun.elapsed().as_millis() as u64);
-        if changes_something {
+        let route = route.as_deref().unwrap_or("-");
+        api.metrics.answered(route, known(&method), status, begun.elapsed());
+        // A connection into a guest is one to be remembered.
+        if !method.is_safe() || response.status() == StatusCode::SWITCHING_PROTOCOLS {
             tracing::info!(target: "pulau::audit", caller, status, took_ms, "done");
         } else {
             tracing::debug!(caller, status, took_ms, "done");
@@ -47,10 +51,20 @@ pub async fn frame(State(api): State<Arc<Api>>, request: Request, next: Next) ->
     .instrument(span)
     .await;
     if let Some(refusal) = response.extensions_mut().remove::<Refusal>() {
-        response = complete(refusal, &id);
+        response = complete(refusal, &id, response.headers());
     }
     if let Ok(value) = HeaderValue::from_str(&id) {
         response.headers_mut().insert(REQUEST_ID, value);
     }
     response
+}
+
+/// A method for metrics, which are not to grow by what clients invent.
+fn known(method: &Method) -> &str {
+    match *method {
+        Method::GET | Method::HEAD | Method::POST | Method::PATCH | Method::PUT | Method::DELETE => {
+            method.as_str()
+        }
+        _ => "other",
+    }
 }

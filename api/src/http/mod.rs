@@ -7,41 +7,104 @@
 
 mod auth;
 mod error;
+mod events;
 mod extract;
+mod host;
 mod instances;
 mod list;
+mod metrics;
 mod middleware;
 mod resources;
 mod tokens;
+mod tunnel;
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
-use tokio::sync::Semaphore;
+use axum::http::StatusCode;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast};
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::instances::Service;
+use crate::records::{AnyRecord, RecordChange};
+use events::Events;
+use metrics::Metrics;
 
 pub use auth::{Door, Role};
 pub use list::List;
+pub use tunnel::{AGENT, CONSOLE};
 
 /// Longest body of a request, in bytes.
 const BODY: usize = 256 * 1024;
 /// Requests under way at once.
 const UNDER_WAY: usize = 1024;
 
+/// Connections at once that stay: event streams, and those to guests.
+const LONG_LIVED: usize = 256;
+
 /// What the handlers work with.
 pub struct Api {
     pub instances: Service,
+    events: Events,
+    metrics: Metrics,
     under_way: Arc<Semaphore>,
+    long_lived: Arc<Semaphore>,
 }
 
 impl Api {
-    pub fn new(instances: Service) -> Self {
-        Api { instances, under_way: Arc::new(Semaphore::new(UNDER_WAY)) }
+    /// Follows the changes of records from now on.
+    pub fn new(instances: Service) -> Arc<Self> {
+        let records = &instances.host().records;
+        // In this order: what changes in between is seen by the one who follows.
+        let changes = records.subscribe();
+        let events = Events::new(records.revision());
+        let api = Arc::new(Api {
+            events,
+            metrics: Metrics::new(),
+            under_way: Arc::new(Semaphore::new(UNDER_WAY)),
+            long_lived: Arc::new(Semaphore::new(LONG_LIVED)),
+            instances,
+        });
+        tokio::spawn(follow(Arc::downgrade(&api), changes));
+        api
+    }
+
+    /// Ends event streams, which would go on for ever.
+    pub fn end_streams(&self) {
+        self.events.close();
+    }
+
+    /// Room for one more connection that stays, taken until it is dropped.
+    fn long_lived(&self) -> Result<OwnedSemaphorePermit, error::Refusal> {
+        self.long_lived.clone().try_acquire_owned().map_err(|_| {
+            let message = "too many connections to guests and event streams are open: close some";
+            error::Refusal::new(StatusCode::TOO_MANY_REQUESTS, "RequestLimitExceeded", message)
+        })
+    }
+}
+
+/// Takes in changes of records, as long as there is somebody to tell.
+async fn follow(api: Weak<Api>, mut changes: broadcast::Receiver<RecordChange>) {
+    loop {
+        let change = changes.recv().await;
+        let Some(api) = api.upgrade() else { return };
+        match change {
+            Ok(change) => {
+                if let AnyRecord::Instance { old, new: Some(new) } = &change.record {
+                    let had = old.as_ref().and_then(|old| old.boot).and_then(|boot| boot.agent_us);
+                    let booted = new.boot.filter(|boot| boot.agent_us.is_some() && had.is_none());
+                    booted.iter().for_each(|boot| api.metrics.booted(boot));
+                }
+                api.events.take(&change);
+            }
+            Err(broadcast::error::RecvError::Lagged(_)) => {
+                api.events.miss(api.instances.host().records.revision());
+            }
+            Err(broadcast::error::RecvError::Closed) => return,
+        }
     }
 }
 
@@ -66,16 +129,23 @@ fn described() -> (Router<Arc<Api>>, utoipa::openapi::OpenApi) {
         .routes(routes!(instances::metrics))
         .routes(routes!(instances::exec))
         .routes(routes!(instances::types))
+        .routes(routes!(tunnel::agent))
+        .routes(routes!(tunnel::console))
         .routes(routes!(resources::images, resources::import_image))
         .routes(routes!(resources::image, resources::delete_image))
         .routes(routes!(resources::key_pairs, resources::create_key_pair))
-        .routes(routes!(resources::delete_key_pair))
+        .routes(routes!(resources::key_pair, resources::delete_key_pair))
         .routes(routes!(resources::networks, resources::create_network))
-        .routes(routes!(resources::delete_network))
+        .routes(routes!(resources::network, resources::delete_network))
         .routes(routes!(resources::security_groups, resources::create_security_group))
-        .routes(routes!(resources::modify_rules, resources::delete_security_group))
+        .routes(routes!(resources::security_group, resources::modify_rules, resources::delete_security_group))
         .routes(routes!(tokens::list, tokens::create))
         .routes(routes!(tokens::delete))
+        .routes(routes!(host::show))
+        .routes(routes!(host::cordon))
+        .routes(routes!(host::uncordon))
+        .routes(routes!(events::follow))
+        .routes(routes!(metrics::show))
         .split_for_parts()
 }
 
@@ -95,14 +165,17 @@ pub fn router(api: Arc<Api>) -> Router {
         .route("/healthz", axum::routing::get(|| async { "ok\n" }))
         .fallback(|| async {
             let message = "there is nothing at this path; /openapi.json lists what there is";
-            error::Refusal::new(axum::http::StatusCode::NOT_FOUND, "InvalidAction", message)
+            error::Refusal::new(StatusCode::NOT_FOUND, "InvalidAction", message)
         })
         .method_not_allowed_fallback(|| async {
             let message = "this method is not for this path; /openapi.json lists what there is";
-            error::Refusal::new(axum::http::StatusCode::METHOD_NOT_ALLOWED, "InvalidMethod", message)
+            error::Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "InvalidMethod", message)
         })
         .layer(axum::middleware::from_fn_with_state(api.clone(), auth::authorize))
         .layer(axum::middleware::from_fn_with_state(api.clone(), middleware::frame))
         .layer(DefaultBodyLimit::max(BODY))
         .with_state(api)
 }
+
+#[cfg(test)]
+mod tests;

@@ -4,14 +4,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::auth::{Role, hash};
 use super::error::{ErrorBody, Refusal};
-use super::extract::Body;
+use super::extract::{Body, Path};
 use super::{Api, List};
 use crate::instances::Error;
 use crate::model::{ApiToken, Kind, check_name, id};
@@ -39,7 +39,7 @@ pub struct CreatedToken {
 
 /// List the tokens.
 #[utoipa::path(get, path = "/v1/tokens", tag = "tokens",
-    responses((status = 200, body = List<ApiToken>), (status = "default", body = ErrorBody)))]
+    responses((status = 200, description = "All tokens.", body = List<ApiToken>), (status = "default", description = "Refused.", body = ErrorBody)))]
 pub async fn list(State(api): State<Arc<Api>>) -> Json<List<ApiToken>> {
     let tables = api.instances.host().records.read();
     Json(List::all(tables.api_tokens.iter().cloned().collect()))
@@ -47,7 +47,7 @@ pub async fn list(State(api): State<Arc<Api>>) -> Json<List<ApiToken>> {
 
 /// Make a token.
 #[utoipa::path(post, path = "/v1/tokens", tag = "tokens", request_body = CreateToken,
-    responses((status = 201, body = CreatedToken), (status = "default", body = ErrorBody)))]
+    responses((status = 201, description = "The token, and its secret.", body = CreatedToken), (status = "default", description = "Refused.", body = ErrorBody)))]
 pub async fn create(
     State(api): State<Arc<Api>>,
     Body(request): Body<CreateToken>,
@@ -80,8 +80,8 @@ pub async fn create(
 }
 
 /// Take a token away. Whoever has it is refused from then on.
-#[utoipa::path(delete, path = "/v1/tokens/{id}", tag = "tokens", params(("id" = String, Path, description = "id or name")),
-    responses((status = 204), (status = "default", body = ErrorBody)))]
+#[utoipa::path(delete, path = "/v1/tokens/{id}", tag = "tokens", params(("id" = String, Path, description = "Id or name.")),
+    responses((status = 204, description = "Done."), (status = "default", description = "Refused.", body = ErrorBody)))]
 pub async fn delete(State(api): State<Arc<Api>>, Path(id): Path<String>) -> Result<StatusCode, Refusal> {
     api.instances
         .host()

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use pulau_agent_protocol::client::Output;
 use pulau_agent_protocol::message::ExecRequest;
+use tokio::net::UnixStream;
 
 use super::error::Error;
 use super::{Service, find, launch};
@@ -99,5 +100,25 @@ impl Service {
         output.stdout.truncate(OUTPUT);
         output.stderr.truncate(OUTPUT);
         Ok(output)
+    }
+
+    /// A connection to the agent in a guest, for somebody who speaks its protocol: nothing has been said on it.
+    ///
+    /// # Errors
+    ///
+    /// The instance does not run, or its agent does not answer.
+    pub async fn agent_stream(&self, id: &str, limit: Duration) -> Result<UnixStream, Error> {
+        let stream = self.machine(id)?.agent_stream(limit).await;
+        stream.map_err(|error| Error::Guest { id: id.to_owned(), problem: error.to_string() })
+    }
+
+    /// The serial console of a guest, to read and to type.
+    ///
+    /// # Errors
+    ///
+    /// The instance does not run, or its console is not to be had.
+    pub async fn attach_console(&self, id: &str) -> Result<UnixStream, Error> {
+        let stream = self.machine(id)?.attach_console().await;
+        stream.map_err(|error| Error::Guest { id: id.to_owned(), problem: error.to_string() })
     }
 }

@@ -4,6 +4,7 @@
 //! ([`crate::records`]) and returns; each instance's `driver` then makes it so. On start the service
 //! adopts the microVMs that an earlier daemon left, and removes whatever belongs to nothing.
 
+mod capacity;
 mod driver;
 mod error;
 mod find;
@@ -29,6 +30,7 @@ use crate::microvm::MicroVm;
 use crate::model::Instance;
 use crate::records::AnyRecord;
 
+pub use capacity::{HostReport, Resources};
 pub use error::Error;
 pub use host::{Host, Limits};
 pub use images::ImportImage;
@@ -227,4 +229,4 @@ impl Service {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

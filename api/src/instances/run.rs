@@ -14,7 +14,7 @@ use utoipa::ToSchema;
 
 use super::error::Error;
 use super::host::Host;
-use super::{Service, find, idempotency};
+use super::{Service, capacity, find, idempotency};
 use crate::image::Root;
 use crate::model::{
     Desired, Image, ImageState, Instance, InstanceState, InstanceType, Interface, Kind, Network,
@@ -309,6 +309,7 @@ pub(super) fn groups(tables: &Tables, network: &Network, wanted: &[String]) -> R
 
 /// How many instances there is room for on this host.
 fn admit(host: &Host, tables: &Tables, checked: &Checked) -> Result<u32, Error> {
+    capacity::refuse_if_cordoned(tables)?;
     let (vcpus, memory_mib) = free(host, tables);
     let by_vcpus = vcpus / u32::from(checked.size.vcpus);
     let by_memory = memory_mib / checked.size.memory_mib;
@@ -325,11 +326,8 @@ fn admit(host: &Host, tables: &Tables, checked: &Checked) -> Result<u32, Error> 
 
 /// vCPUs and memory that no instance takes.
 pub(super) fn free(host: &Host, tables: &Tables) -> (u32, u64) {
-    let running = tables.instances.iter().filter(|instance| instance.state.takes_capacity());
-    let (vcpus, memory) = running.fold((0u32, 0u64), |(vcpus, memory), instance| {
-        (vcpus.saturating_add(instance.size.vcpus.into()), memory.saturating_add(instance.size.memory_mib))
-    });
-    (host.limits.vcpus.saturating_sub(vcpus), host.limits.memory_mib.saturating_sub(memory))
+    let used = capacity::used(tables);
+    (host.limits.vcpus.saturating_sub(used.vcpus), host.limits.memory_mib.saturating_sub(used.memory_mib))
 }
 
 /// Addresses for `count` instances, or for as many as there are, at least `min`.

@@ -23,7 +23,7 @@ mod chaos;
 /// Longer than anything in here takes.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-async fn host(dir: &Path, simulation: &Simulation) -> Host {
+pub(crate) async fn host(dir: &Path, simulation: &Simulation) -> Host {
     let store = loop {
         // The daemon before lets go of its store when its last task has ended.
         match Embedded::open(&dir.join("store.redb")) {
@@ -51,7 +51,7 @@ async fn host(dir: &Path, simulation: &Simulation) -> Host {
 }
 
 /// A daemon with an image named `tiny`.
-async fn daemon(dir: &Path, simulation: &Simulation) -> Service {
+pub(crate) async fn daemon(dir: &Path, simulation: &Simulation) -> Service {
     let service = Service::open(host(dir, simulation).await).await.unwrap();
     if service.images().is_empty() {
         let file = dir.join("disk");

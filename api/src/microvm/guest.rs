@@ -113,6 +113,25 @@ impl MicroVm {
         }
     }
 
+    /// A connection to the guest's agent on which nothing has been said yet, for one who says hello himself. That
+    /// the agent answers has been seen on another.
+    ///
+    /// # Errors
+    ///
+    /// As [`MicroVm::agent`].
+    pub async fn agent_stream(&self, limit: Duration) -> Result<tokio::net::UnixStream, GuestError> {
+        let deadline = Instant::now() + limit;
+        drop(self.agent(limit).await?);
+        let reach = self.facts().lock().reach.clone().ok_or(GuestError::NoVsock)?;
+        let stream = blocking(move || {
+            let stream = reach.agent(deadline)?;
+            stream.set_nonblocking(true).map_err(|e| e.to_string())?;
+            Ok(stream)
+        });
+        let stream = stream.await.map_err(|last| GuestError::TimedOut { limit, last })?;
+        tokio::net::UnixStream::from_std(stream).map_err(|e| GuestError::Client(ClientError::Io(e)))
+    }
+
     /// Attaches to the guest's serial console, to read and to type. First comes what the guest wrote last and
     /// nobody attached has seen. One client at a time: another one's connection ends at once. The console's log
     /// is written all the same.

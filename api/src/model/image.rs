@@ -43,3 +43,13 @@ pub enum ImageState {
     /// The import failed; `state_reason` says why.
     Failed,
 }
+
+impl ImageState {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Pending => "pending",
+            Self::Available => "available",
+            Self::Failed => "failed",
+        }
+    }
+}

@@ -6,6 +6,7 @@
 //! lack it.
 
 mod api_token;
+mod cordon;
 pub mod id;
 mod image;
 mod instance;
@@ -17,6 +18,7 @@ mod security_group;
 mod volume;
 
 pub use api_token::ApiToken;
+pub use cordon::Cordon;
 pub use image::{Image, ImageState};
 pub use instance::{
     BootReport, Check, Desired, Instance, InstanceState, Interface, ShutdownBehavior, StateReason,

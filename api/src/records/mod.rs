@@ -105,6 +105,11 @@ impl Records {
         self.shared.tables.read().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The revision that everything read is of, at least.
+    pub fn revision(&self) -> Revision {
+        *self.reached.borrow()
+    }
+
     /// The record, if there is one.
     pub fn get<R: Record>(&self, id: &str) -> Option<Arc<R>> {
         R::table(&self.read()).get(id).cloned()

@@ -7,7 +7,7 @@ use chrono::{DateTime, Utc};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::model::{ApiToken, Image, Instance, KeyPair, Network, SecurityGroup, Volume};
+use crate::model::{ApiToken, Cordon, Image, Instance, KeyPair, Network, SecurityGroup, Volume};
 use crate::store::{Change, Revision};
 
 /// Something kept in the store, as JSON, under `<PREFIX><id>`.
@@ -162,6 +162,7 @@ macro_rules! records {
 
 records! {
     api_tokens: ApiToken, "api-tokens/", id;
+    cordons: Cordon, "cordons/", id;
     images: Image, "images/", id;
     instances: Instance, "instances/", id;
     key_pairs: KeyPair, "key-pairs/", id;
