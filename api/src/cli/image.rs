@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::connection::Connection;
 use super::table::{cell, table};
 use super::{print, print_json};
-use crate::client::Client;
+use crate::client::{Client, escape};
 use crate::model::id;
 
 /// What instances are made from.
@@ -40,6 +40,9 @@ enum Command {
     /// List images.
     List,
     /// Import a root file system or disk image, and wait until that has been done.
+    #[command(after_help = "Examples:
+  pulau image import minimal --kernel vmlinux --root minimal.erofs
+  pulau image import debian-12 --root debian-12-genericcloud-amd64.qcow2")]
     Import {
         /// What to call it.
         name: String,
@@ -62,9 +65,17 @@ enum Command {
         no_wait: bool,
     },
     /// Show an image.
-    Show { id: String },
+    #[command(after_help = "Examples:
+  pulau image show minimal")]
+    Show {
+        /// Id or name.
+        id: String,
+    },
     /// Delete images that nothing is made of.
+    #[command(after_help = "Examples:
+  pulau image delete minimal")]
     Delete {
+        /// Ids or names.
         #[arg(required = true, value_name = "ID")]
         ids: Vec<String>,
     },
@@ -107,10 +118,12 @@ async fn act(args: &Args, client: Client) -> anyhow::Result<ExitCode> {
             }
             if args.json { print_json(&image)? } else { print(&summary(&[image]))? }
         }
-        Command::Show { id } => print_json(&client.get::<Value>(&format!("/v1/images/{id}")).await?)?,
+        Command::Show { id } => {
+            print_json(&client.get::<Value>(&format!("/v1/images/{}", escape(id))).await?)?
+        }
         Command::Delete { ids } => {
             for id in ids {
-                client.delete(&format!("/v1/images/{id}")).await?;
+                client.delete(&format!("/v1/images/{}", escape(id))).await?;
             }
         }
     }

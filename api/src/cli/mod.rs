@@ -10,11 +10,17 @@
 mod completion;
 mod connection;
 mod doctor;
+mod host;
 mod image;
 mod instance;
+mod key_pair;
 mod microvm;
+mod network;
+mod resource;
+mod security_group;
 mod serve;
 mod table;
+mod token;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -35,9 +41,21 @@ enum Command {
     Serve(serve::Args),
     Instance(instance::Args),
     Image(image::Args),
+    KeyPair(key_pair::Args),
+    Network(network::Args),
+    SecurityGroup(security_group::Args),
+    Token(token::Args),
+    Host(host::Args),
     Doctor(doctor::Args),
     Microvm(microvm::Args),
     Completion(completion::Args),
+    /// Print the OpenAPI document of the HTTP API, which the daemon serves at /openapi.json.
+    #[command(
+        hide = true,
+        after_help = "Examples:
+  pulau openapi > api/openapi.json"
+    )]
+    Openapi,
 }
 
 /// Parses the command line, runs the command, and returns the process's exit code.
@@ -46,9 +64,15 @@ pub fn main() -> ExitCode {
         Command::Serve(args) => serve::run(&args),
         Command::Instance(args) => instance::run(&args),
         Command::Image(args) => image::run(&args),
+        Command::KeyPair(args) => key_pair::run(&args),
+        Command::Network(args) => network::run(&args),
+        Command::SecurityGroup(args) => security_group::run(&args),
+        Command::Token(args) => token::run(&args),
+        Command::Host(args) => host::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Microvm(args) => microvm::run(&args),
         Command::Completion(args) => completion::run(&args),
+        Command::Openapi => print_json(&crate::http::openapi()).map(|()| ExitCode::SUCCESS),
     };
     match result {
         Ok(code) => code,
@@ -81,11 +105,20 @@ mod tests {
         super::Cli::command().debug_assert();
     }
 
+    /// Every command, and every one below one that takes arguments.
     #[test]
     fn every_command_has_examples() {
-        for command in super::Cli::command().get_subcommands() {
+        fn check(command: &clap::Command, path: &str) {
             let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
-            assert!(help.contains("pulau "), "`pulau {}` has no examples in its help", command.get_name());
+            let example = format!("  {path}");
+            assert!(help.contains(&example), "`{path}` has no example of itself in its help");
+            for below in command.get_subcommands() {
+                let takes_something = below.get_arguments().next().is_some();
+                if below.has_subcommands() || takes_something {
+                    check(below, &format!("{path} {}", below.get_name()));
+                }
+            }
         }
+        super::Cli::command().get_subcommands().for_each(|c| check(c, &format!("pulau {}", c.get_name())));
     }
 }

@@ -1,6 +1,9 @@
 //! `pulau instance …`
 
+mod console;
+mod copy;
 mod run;
+mod session;
 mod show;
 
 use std::process::ExitCode;
@@ -10,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::connection::Connection;
 use super::{print, print_json};
-use crate::client::Client;
+use crate::client::{Client, escape};
 use show::summary;
 
 /// Machines of your own: run, look at, stop, start and terminate them.
@@ -21,6 +24,7 @@ use show::summary;
   pulau instance run --image minimal --wait
   pulau instance list --filter state=running,tag:Name=web-*
   pulau instance exec i-0123456789abcdef0 -- uname -a
+  pulau instance shell i-0123456789abcdef0
   pulau instance stop i-0123456789abcdef0 --wait
   pulau instance terminate i-0123456789abcdef0"
 )]
@@ -39,6 +43,9 @@ enum Command {
     /// Run instances of an image.
     Run(run::Args),
     /// List instances.
+    #[command(after_help = "Examples:
+  pulau instance list
+  pulau instance list --filter state=running,tag:Name=web-*")]
     List {
         /// Only those that fit, as NAME=VALUE,…: id, state, image, type, network, key, group, address, hostname,
         /// tag:KEY. `|` stands between values, `*` for anything.
@@ -46,10 +53,20 @@ enum Command {
         filter: Option<String>,
     },
     /// Show all there is to know of an instance.
-    Show { id: String },
+    #[command(after_help = "Examples:
+  pulau instance show i-0123456789abcdef0")]
+    Show {
+        /// Id of an instance.
+        id: String,
+    },
     /// Start stopped instances.
+    #[command(after_help = "Examples:
+  pulau instance start i-0123456789abcdef0 --wait")]
     Start(Several),
     /// Stop instances. They keep their ids, disks and addresses.
+    #[command(after_help = "Examples:
+  pulau instance stop i-0123456789abcdef0 --wait
+  pulau instance stop i-0123456789abcdef0 --force")]
     Stop {
         #[command(flatten)]
         several: Several,
@@ -58,13 +75,21 @@ enum Command {
         force: bool,
     },
     /// Boot running instances anew.
+    #[command(after_help = "Examples:
+  pulau instance reboot i-0123456789abcdef0")]
     Reboot(Several),
     /// End instances for good, with their root disks.
+    #[command(after_help = "Examples:
+  pulau instance terminate i-0123456789abcdef0")]
     Terminate(Several),
     /// Change an instance.
     Modify(run::ModifyArgs),
     /// Wait until an instance is in a state.
+    #[command(after_help = "Examples:
+  pulau instance wait i-0123456789abcdef0 running --agent
+  pulau instance wait i-0123456789abcdef0 stopped --timeout 300")]
     Wait {
+        /// Id of an instance.
         id: String,
         /// pending, running, stopping, stopped, shutting-down or terminated.
         #[arg(default_value = "running")]
@@ -76,28 +101,24 @@ enum Command {
         #[arg(long, value_name = "SECONDS", default_value_t = 60)]
         timeout: u64,
     },
-    /// Show what an instance wrote to its console.
-    Console { id: String },
-    /// Run a command in an instance. The exit code is the command's.
-    Exec {
-        id: String,
-        /// User of the guest; root if not given.
-        #[arg(long, short)]
-        user: Option<String>,
-        /// Seconds the command may take.
-        #[arg(long, value_name = "SECONDS", default_value_t = 60)]
-        timeout: u64,
-        #[arg(last = true, required = true)]
-        command: Vec<String>,
-    },
+    Console(console::Args),
+    Exec(session::ExecArgs),
+    Shell(session::ShellArgs),
+    Cp(copy::Args),
     /// Show what an instance uses of the host.
-    Metrics { id: String },
+    #[command(after_help = "Examples:
+  pulau instance metrics i-0123456789abcdef0")]
+    Metrics {
+        /// Id of an instance.
+        id: String,
+    },
     /// List the instance types.
     Types,
 }
 
 #[derive(Debug, clap::Args)]
 struct Several {
+    /// Ids of instances.
     #[arg(required = true, value_name = "ID")]
     ids: Vec<String>,
     /// Wait until it has been done.
@@ -161,20 +182,10 @@ async fn act(args: &Args, client: Client) -> anyhow::Result<ExitCode> {
             let instance: Value = client.get(&format!("{}/wait?{query}", path(id))).await?;
             show_all(&[instance], json)?;
         }
-        Command::Console { id } => print(&client.text(&format!("{}/console", path(id))).await?)?,
-        Command::Exec { id, user, timeout, command } => {
-            let body = json!({"argv": command, "user": user, "timeout_seconds": timeout});
-            let result: Value = client.post(&format!("{}/exec", path(id)), &body).await?;
-            let code =
-                result["exit_code"].as_u64().and_then(|code| u8::try_from(code).ok()).unwrap_or(u8::MAX);
-            if json {
-                print_json(&result)?;
-            } else {
-                print(result["stdout"].as_str().unwrap_or_default())?;
-                eprint!("{}", result["stderr"].as_str().unwrap_or_default());
-            }
-            return Ok(ExitCode::from(code));
-        }
+        Command::Console(args) => console::run(args, &client).await?,
+        Command::Exec(args) => return session::exec(args, &client, json).await,
+        Command::Shell(args) => return Ok(session::shell(args, &client).await),
+        Command::Cp(args) => copy::run(args, &client).await?,
         Command::Metrics { id } => print_json(&client.get::<Value>(&format!("{}/metrics", path(id))).await?)?,
         Command::Types => {
             let types: Value = client.get("/v1/instance-types").await?;
@@ -191,13 +202,4 @@ fn show_all(instances: &[Value], json: bool) -> anyhow::Result<()> {
 
 fn path(id: &str) -> String {
     format!("/v1/instances/{}", escape(id))
-}
-
-/// Percent-encodes what is not plain.
-fn escape(text: &str) -> String {
-    let encode = |byte: u8| match byte {
-        b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => char::from(byte).to_string(),
-        other => format!("%{other:02X}"),
-    };
-    text.bytes().map(encode).collect()
 }

@@ -1,12 +1,12 @@
 //! `pulau microvm`: single microVMs, without the daemon.
 
 mod console;
-mod escape;
+pub(super) mod escape;
 mod outcome;
-mod run;
-mod session;
+pub(super) mod run;
+pub(super) mod session;
 mod spec;
-mod terminal;
+pub(super) mod terminal;
 
 pub use spec::MemoryArg;
 

@@ -3,17 +3,15 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::mpsc;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use pulau_agent_protocol::client::ClientError;
 use pulau_agent_protocol::message::{BootPhase, ExecRequest, ExitStatus};
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::oneshot;
 
-use super::session::{self, Captured, Terminal};
-use super::terminal::{self, RawMode};
+use super::session::{self, Captured, End};
+use super::terminal;
 use super::{console, outcome, spec::MachineArgs};
 use crate::cli::print_json;
 use crate::microvm::{Ending, GuestError, Host, MicroVm, Spec, Stop, sweep};
@@ -78,7 +76,7 @@ pub struct Args {
     command: Vec<String>,
 }
 
-fn environment(text: &str) -> Result<(String, String), String> {
+pub fn environment(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
         _ => Err("expected NAME=VALUE".into()),
@@ -208,28 +206,9 @@ async fn work(args: &Args, vm: &MicroVm, phases: &mut Vec<BootPhase>) -> anyhow:
             Err(error) => Err(explain(vm, error).await),
         };
     }
-    let raw = if interactive { Some(RawMode::enter().context("the terminal")?) } else { None };
-    let (sizes_in, sizes) = mpsc::channel();
-    let (left, mut has_left) = oneshot::channel();
-    let terminal = interactive.then_some(Terminal { sizes, left });
-    let mut resized = signal(SignalKind::window_change())?;
-    let mut running = tokio::task::spawn_blocking(move || session::run(agent, &request, terminal));
-    let mut may_leave = interactive;
-    let result = loop {
-        tokio::select! {
-            result = &mut running => break result?,
-            result = &mut has_left, if may_leave => match result {
-                Ok(()) => return Ok(Work::Left),
-                Err(_) => may_leave = false, // Standard input has ended.
-            },
-            _ = resized.recv() => {
-                let _ = sizes_in.send(terminal::size());
-            }
-        }
-    };
-    drop(raw);
-    match result {
-        Ok(status) => Ok(Work::Done(status)),
+    match session::join(agent, request, &[]).await {
+        Ok(End::Exited(status)) => Ok(Work::Done(status)),
+        Ok(End::Left | End::Signalled(_)) => Ok(Work::Left),
         Err(error) => Err(explain(vm, error).await),
     }
 }
@@ -271,7 +250,7 @@ fn with_last_words(message: &str, ending: &Ending) -> anyhow::Error {
     anyhow::anyhow!("{}", format!("{message}\n{}", outcome::last_words(ending)).trim_end().to_owned())
 }
 
-fn exit_code(status: ExitStatus) -> ExitCode {
+pub fn exit_code(status: ExitStatus) -> ExitCode {
     ExitCode::from(u8::try_from(status.shell_code()).unwrap_or(u8::MAX))
 }
 

@@ -10,43 +10,107 @@ use std::thread;
 
 use pulau_agent_protocol::client::{ClientError, ExecInput, OutputEvent};
 use pulau_agent_protocol::message::{ExecRequest, ExitStatus, WindowSize};
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 
 use super::escape::Escape;
+use super::terminal::{self, RawMode};
 use crate::microvm::Agent;
 
 /// No more of each of a process's streams is kept in memory.
 const MAX_CAPTURE: usize = 16 << 20;
 
-/// What a user at a terminal does beside typing.
-pub struct Terminal {
-    /// New sizes, as they come.
-    pub sizes: mpsc::Receiver<WindowSize>,
-    /// Told when the user types the escape.
-    pub left: oneshot::Sender<()>,
+/// What is told to a process beside its input.
+enum Control {
+    Resize(WindowSize),
+    Signal(i32),
 }
 
-/// Runs `request` and joins it to our standard streams until it ends. Blocks.
+/// How a session ended.
+#[derive(Debug)]
+pub enum End {
+    /// The process did.
+    Exited(ExitStatus),
+    /// The user at the terminal typed the escape.
+    Left,
+    /// We were told to end, by this signal, more often than a process that listens needs.
+    Signalled(i32),
+}
+
+/// Signals after which a process is no longer waited for.
+const ENOUGH: u32 = 3;
+
+/// Runs `request` and joins it to our standard streams until it ends. With a terminal (`request.tty`) ours is raw
+/// meanwhile, and its size is passed on. The signals `forwarded` are passed on, too; a process that does not
+/// heed three of them is left.
 ///
 /// # Errors
 ///
-/// The process cannot be started, its guest is gone, or our output cannot be written.
-pub fn run(
+/// The process cannot be started, its guest is gone, or our input or output fails.
+pub async fn join(agent: Agent, request: ExecRequest, forwarded: &[SignalKind]) -> Result<End, ClientError> {
+    let interactive = request.tty.is_some();
+    let local = |error: io::Error| ClientError::Local(error);
+    let raw = interactive.then(RawMode::enter).transpose().map_err(local)?;
+    let (controls_in, controls) = mpsc::channel();
+    let (left, mut has_left) = oneshot::channel();
+    let mut resized = signal(SignalKind::window_change()).map_err(local)?;
+    let (signals_in, mut signals) = tokio::sync::mpsc::channel(1);
+    for &kind in forwarded {
+        let mut source = signal(kind).map_err(local)?;
+        let signals_in = signals_in.clone();
+        tokio::spawn(async move {
+            while source.recv().await.is_some() && signals_in.send(kind.as_raw_value()).await.is_ok() {}
+        });
+    }
+    let left = interactive.then_some(left);
+    let mut running = tokio::task::spawn_blocking(move || run(agent, &request, controls, left));
+    let (mut may_leave, mut signalled) = (interactive, 0);
+    let end = loop {
+        tokio::select! {
+            result = &mut running => {
+                let result = result.map_err(|error| ClientError::Local(io::Error::other(error)))?;
+                break result.map(End::Exited);
+            }
+            result = &mut has_left, if may_leave => match result {
+                Ok(()) => break Ok(End::Left),
+                Err(_) => may_leave = false, // Standard input has ended.
+            },
+            _ = resized.recv(), if interactive => {
+                let _ = controls_in.send(Control::Resize(terminal::size()));
+            }
+            Some(number) = signals.recv() => {
+                signalled += 1;
+                if signalled == ENOUGH {
+                    break Ok(End::Signalled(number));
+                }
+                let _ = controls_in.send(Control::Signal(number));
+            }
+        }
+    };
+    drop(raw);
+    end
+}
+
+/// See [`join`]. Blocks.
+fn run(
     agent: Agent,
     request: &ExecRequest,
-    terminal: Option<Terminal>,
+    controls: mpsc::Receiver<Control>,
+    left: Option<oneshot::Sender<()>>,
 ) -> Result<ExitStatus, ClientError> {
     let exec = agent.exec(request)?;
     let input = Arc::new(Mutex::new(exec.input));
-    let left = terminal.map(|Terminal { sizes, left }| {
+    thread::spawn({
         let input = Arc::clone(&input);
-        thread::spawn(move || {
-            for size in sizes {
+        move || {
+            for control in controls {
                 // If it fails, so does the output, which tells why.
-                let _ = lock(&input).resize(size);
+                let _ = match control {
+                    Control::Resize(size) => lock(&input).resize(size),
+                    Control::Signal(number) => lock(&input).signal(number),
+                };
             }
-        });
-        left
+        }
     });
     thread::spawn(move || copy_input(&input, left));
     let mut output = exec.output;

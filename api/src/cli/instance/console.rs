@@ -1,0 +1,102 @@
+//! `pulau instance console`
+
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::net::UnixStream;
+
+use anyhow::Context as _;
+use tokio::sync::oneshot;
+
+use super::path;
+use crate::cli::microvm::escape::Escape;
+use crate::cli::microvm::terminal::{self, RawMode};
+use crate::cli::print;
+use crate::client::Client;
+use crate::http::CONSOLE;
+
+/// Show what an instance wrote to its console, or attach to it.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  pulau instance console i-0123456789abcdef0
+  pulau instance console i-0123456789abcdef0 --attach")]
+pub struct Args {
+    /// Id of an instance.
+    id: String,
+    /// Read and type, as at a serial line; one at a time can. `~.` at the beginning of a line leaves.
+    #[arg(long, short)]
+    attach: bool,
+}
+
+pub async fn run(args: &Args, client: &Client) -> anyhow::Result<()> {
+    if args.attach {
+        return attach(&args.id, client).await;
+    }
+    print(&client.text(&format!("{}/console", path(&args.id))).await?)
+}
+
+async fn attach(id: &str, client: &Client) -> anyhow::Result<()> {
+    let stream = client.upgrade(&format!("{}/console/attach", path(id)), CONSOLE).await?;
+    let typed = stream.try_clone()?;
+    let interactive = terminal::is_interactive();
+    if interactive {
+        eprintln!("pulau: attached to the console of {id}; `~.` at the beginning of a line leaves");
+    }
+    let raw = interactive.then(RawMode::enter).transpose().context("the terminal")?;
+    let (left, mut has_left) = oneshot::channel();
+    // Left behind at the end: it waits in a read that may never return.
+    std::thread::spawn(move || type_into(typed, interactive.then_some(left)));
+    let mut shown = tokio::task::spawn_blocking(move || show(stream));
+    let mut may_leave = interactive;
+    let result = loop {
+        tokio::select! {
+            result = &mut shown => break result?.context("the console"),
+            result = &mut has_left, if may_leave => match result {
+                Ok(()) => break Ok(()),
+                Err(_) => may_leave = false, // Standard input has ended.
+            },
+        }
+    };
+    drop(raw);
+    result
+}
+
+fn show(mut console: UnixStream) -> io::Result<()> {
+    let mut buffer = [0; 16 << 10];
+    loop {
+        let length = console.read(&mut buffer)?;
+        if length == 0 {
+            return Ok(());
+        }
+        let mut output = io::stdout().lock();
+        output.write_all(&buffer[..length])?;
+        output.flush()?;
+    }
+}
+
+/// Copies standard input to the console until either ends, or a user at a terminal wants out.
+fn type_into(mut console: UnixStream, left: Option<oneshot::Sender<()>>) {
+    let mut escape = left.is_some().then(Escape::default);
+    let mut buffer = [0; 4 << 10];
+    let mut filtered = Vec::new();
+    loop {
+        let length = match io::stdin().lock().read(&mut buffer) {
+            Ok(0) => return,
+            Ok(length) => length,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(_) => return,
+        };
+        let mut bytes = &buffer[..length];
+        if let Some(escape) = &mut escape {
+            filtered.clear();
+            if escape.filter(bytes, &mut filtered) {
+                if let Some(left) = left {
+                    let _ = left.send(());
+                }
+                return;
+            }
+            bytes = &filtered;
+        }
+        if console.write_all(bytes).is_err() {
+            return;
+        }
+    }
+}
