@@ -94,15 +94,24 @@ impl Task {
     /// Cancels the task when dropped: kept by a future whose work goes on in another thread, so that giving up
     /// the future gives up the work.
     pub fn cancel_on_drop(&self) -> CancelOnDrop {
-        CancelOnDrop(self.clone())
+        CancelOnDrop(Some(self.clone()))
     }
 }
 
 /// See [`Task::cancel_on_drop`].
-pub struct CancelOnDrop(Task);
+pub struct CancelOnDrop(Option<Task>);
+
+impl CancelOnDrop {
+    /// The work has ended by itself: the task stays as it is, for more work.
+    pub fn disarm(mut self) {
+        self.0 = None;
+    }
+}
 
 impl Drop for CancelOnDrop {
     fn drop(&mut self) {
-        self.0.cancel();
+        if let Some(task) = &self.0 {
+            task.cancel();
+        }
     }
 }

@@ -91,9 +91,11 @@ impl Images {
         task: &Task,
         work: impl FnOnce(&Images, &Task) -> Result<T, ImageError> + Send + 'static,
     ) -> Result<T, ImageError> {
-        let _given_up = task.cancel_on_drop();
+        let given_up = task.cancel_on_drop();
         let (images, task) = (self.clone(), task.clone());
-        match tokio::task::spawn_blocking(move || work(&images, &task)).await {
+        let done = tokio::task::spawn_blocking(move || work(&images, &task)).await;
+        given_up.disarm();
+        match done {
             Ok(result) => result,
             // The runtime ends, or the work panicked.
             Err(_) => Err(FileError::Cancelled.into()),

@@ -77,6 +77,26 @@ fn an_erofs_root_is_shared_and_a_layer_can_be_frozen() {
 }
 
 #[test]
+fn a_task_is_cancelled_by_giving_up_alone() {
+    let host = host();
+    let root = host.path("no such file");
+    let task = Task::quiet();
+    let import = || host.images.import_disk(DiskImport { root: root.clone(), ..Default::default() }, &task);
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    runtime.block_on(import()).unwrap_err();
+    task.check().unwrap();
+    runtime.block_on(async {
+        let mut given_up = Box::pin(import());
+        std::future::poll_fn(|context| {
+            let _ = given_up.as_mut().poll(context);
+            std::task::Poll::Ready(())
+        })
+        .await;
+    });
+    task.check().unwrap_err();
+}
+
+#[test]
 fn a_disk_brings_its_kernel() {
     let host = host();
     let content = host.path("content");
