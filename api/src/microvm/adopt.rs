@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use pulau_vmm::config::{FullVmConfig, InstanceInfo, VmState};
+use tokio::time::timeout;
 
 use super::api::ApiError;
 use super::ending::{Reason, StartError};
@@ -12,6 +13,9 @@ use super::request::SharedFacts;
 
 /// For the VMM's first answer. It may be on an overloaded host, or be a daemon's that died a moment ago.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(10);
+
+/// For a VMM that is about to end: its socket is the last but one thing to go.
+const ENDS_WITHIN: Duration = Duration::from_secs(5);
 
 /// Finds the VMM of `machine`'s home and connects to it. If there is none to be driven, why.
 pub(super) async fn adopt(machine: &mut Machine, facts: &SharedFacts) -> Result<VmState, Reason> {
@@ -31,14 +35,16 @@ pub(super) async fn adopt(machine: &mut Machine, facts: &SharedFacts) -> Result<
         let config: FullVmConfig = api.get("/vm/config").await?;
         Ok::<_, ApiError>((info.state, config))
     };
-    let answer = tokio::time::timeout(ANSWERS_WITHIN, asked).await;
+    let answer = timeout(ANSWERS_WITHIN, asked).await;
     let (state, config) = match answer {
         Ok(Ok(answer)) => answer,
-        // Seldom but possible: it ended just now.
-        Ok(Err(ApiError::Broken { .. } | ApiError::Connect(_))) if machine.has_ended() => {
-            return Err(Reason::of_exit(machine.exited().await));
+        Ok(Err(error)) if started => {
+            let gone = matches!(error, ApiError::Broken { .. } | ApiError::Connect(_));
+            return Err(match gone.then_some(timeout(ENDS_WITHIN, machine.exited())) {
+                Some(ending) => ending.await.map_or(Reason::Unmanageable(error), Reason::of_exit),
+                None => Reason::Unmanageable(error),
+            });
         }
-        Ok(Err(error)) if started => return Err(Reason::Unmanageable(error)),
         Err(_) if started => {
             let (request, limit) = ("GET /".to_owned(), ANSWERS_WITHIN);
             return Err(Reason::Unmanageable(ApiError::TimedOut { request, limit }));

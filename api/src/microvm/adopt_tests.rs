@@ -152,6 +152,18 @@ async fn how_it_ended_is_known_to_who_was_not_there() {
 }
 
 #[tokio::test]
+async fn one_that_is_just_ending_is_waited_for() {
+    let bench = Bench::new();
+    let vm = bench.create("a", "ends-slowly");
+    vm.started().await.unwrap();
+    vm.ctrl_alt_del().await.unwrap_err();
+    assert!(vm.detach().await);
+    let ending = MicroVm::adopt(&bench.host(), "a").unwrap().ended().await;
+    assert!(matches!(ending.reason, Reason::Rebooted), "{}", ending.reason);
+    assert!(bench.is_clean());
+}
+
+#[tokio::test]
 async fn a_start_that_was_never_finished_is_buried() {
     let bench = Bench::new();
     for kernel in ["silent", "mute"] {

@@ -21,8 +21,12 @@ fn fake_vmm() {
         let mut words = arguments.split(' ');
         words.find(|word| *word == name).and_then(|_| words.next()).map(PathBuf::from)
     };
-    let fake =
-        FakeVmm { exit_file: option("--exit-file").unwrap(), kernel: String::new(), state: "Not started" };
+    let fake = FakeVmm {
+        exit_file: option("--exit-file").unwrap(),
+        socket: option("--api-sock").unwrap(),
+        kernel: String::new(),
+        state: "Not started",
+    };
     fs::write(&fake.exit_file, "").unwrap();
     if arguments.contains("--id dies-early") {
         eprintln!("cannot open /dev/kvm");
@@ -36,7 +40,7 @@ fn fake_vmm() {
     if fs::write(&new, process::id().to_string()).and_then(|()| fs::rename(&new, &pid_file)).is_err() {
         fake.exit(ExitCode::Error as i32);
     }
-    match UnixListener::bind(option("--api-sock").unwrap()) {
+    match UnixListener::bind(&fake.socket) {
         Ok(listener) => fake.serve(&listener),
         Err(_) => fake.exit(ExitCode::Error as i32),
     }
@@ -44,6 +48,7 @@ fn fake_vmm() {
 
 struct FakeVmm {
     exit_file: PathBuf,
+    socket: PathBuf,
     kernel: String,
     state: &'static str,
 }
@@ -98,6 +103,12 @@ impl FakeVmm {
             }
             ("deaf", "PATCH /vm", _) => client.answer("400 Bad Request", r#"{"fault_message":"no"}"#),
             ("listens", "PUT /actions", false) => self.exit(0),
+            ("ends-slowly", "PUT /actions", false) => {
+                fs::remove_file(&self.socket).unwrap();
+                client.stream.shutdown(std::net::Shutdown::Both).unwrap();
+                thread::sleep(Duration::from_millis(300));
+                self.exit(ExitCode::GuestReboot as i32);
+            }
             ("mute", "GET /", _) => thread::sleep(Duration::from_secs(60)),
             (_, "GET /", _) => {
                 let info =

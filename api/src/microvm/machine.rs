@@ -137,11 +137,6 @@ impl Machine {
         self.home.as_ref()?.console()
     }
 
-    /// Whether the VMM has ended.
-    pub fn has_ended(&self) -> bool {
-        self.vmm.as_ref().is_none_or(Process::has_ended)
-    }
-
     /// Waits until the VMM has ended.
     pub async fn exited(&mut self) -> Exit {
         let exit = match &mut self.vmm {

@@ -115,11 +115,6 @@ impl Process {
         self.fd.get_ref().pid()
     }
 
-    /// As [`PidFd::wait`], without waiting.
-    pub fn has_ended(&self) -> bool {
-        self.exit.is_some() || self.fd.get_ref().wait(Duration::ZERO).unwrap_or(false)
-    }
-
     /// As [`PidFd::signal`].
     pub fn signal(&self, signal: Signal) -> io::Result<()> {
         self.fd.get_ref().signal(signal)
