@@ -1,7 +1,8 @@
 //! Daemons that are killed at any moment, one after the other, and what must hold whatever was going on.
 //!
-//! A daemon is a runtime of its own, which is dropped: its tasks end wherever they are, as with SIGKILL. The
-//! store, the disks and the simulated host outlive it.
+//! A daemon is a runtime of its own, which is shut down: its tasks end wherever they wait, as with SIGKILL. The
+//! store, the disks and the simulated host outlive it. Its threads are waited for, since a process has none left
+//! when it is dead; one that was still at it would do things to the host that no daemon can have done.
 
 use std::collections::BTreeSet;
 use std::sync::mpsc;
@@ -76,7 +77,7 @@ fn whatever_a_daemon_is_doing_when_it_is_killed() {
             let _ = tokio::time::timeout(life, work(service, seed, sender)).await;
         };
         runtime.block_on(living);
-        runtime.shutdown_background();
+        runtime.shutdown_timeout(PATIENCE);
         promises.extend(acknowledged.try_iter());
         if round % 20 == 19 {
             settle(dir.path(), &simulation, &promises);
@@ -115,7 +116,7 @@ fn settle(dir: &Path, simulation: &Simulation, promises: &std::collections::Hash
             panic!("{}", invariants(dir, simulation, &service).unwrap_err());
         }
     });
-    runtime.shutdown_background();
+    runtime.shutdown_timeout(PATIENCE);
 }
 
 /// What holds whenever nothing is under way.
