@@ -15,6 +15,7 @@ pub mod daemon;
 pub mod footprint;
 pub mod guest;
 pub mod intruder;
+pub mod network;
 pub mod process;
 pub mod stand_in;
 pub mod vmm;

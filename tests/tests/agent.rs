@@ -111,6 +111,18 @@ fn a_guest_becomes_who_it_is_told_it_is() {
 }
 
 #[test]
+fn the_clock_is_the_hosts_and_can_be_set() {
+    let vmm = Vmm::booted();
+    let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    let guests = || vmm.sh("date +%s").trim().parse::<u64>().unwrap();
+    let before = now();
+    let time = guests();
+    assert!((before - 2..=now() + 2).contains(&time), "the guest's {time} began as the host's {before}");
+    vmm.agent().set_time(WallClock { secs: 2_000_000_000, nanos: 0 }).unwrap();
+    assert!((2_000_000_000..2_000_000_000 + PATIENCE.as_secs()).contains(&guests()));
+}
+
+#[test]
 fn a_process_that_takes_all_memory_dies_and_the_agent_does_not() {
     let vmm = Vmm::booted();
     let (status, _, _) = vmm.try_sh("exec tail /dev/zero");

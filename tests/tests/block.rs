@@ -183,6 +183,10 @@ fn a_full_disk_is_an_error_of_the_guest_and_not_of_the_vmm() {
     let (mut vmm, _) = guest_with_disk(|_| path, json!({"cache_type": "Writeback"}));
     vmm.sh("! dd if=/dev/urandom of=/dev/vdb bs=64k count=100 conv=fsync 2>/dev/null");
     assert!(vmm.is_running());
+    // Whoever operates the host is told which file it is, once.
+    let log = vmm.log();
+    let told: Vec<_> = log.lines().filter(|line| line.contains("No space left on device")).collect();
+    assert!(matches!(&told[..], [line] if line.contains("drive data") && line.contains("disk.img")), "{log}");
     assert_eq!(vmm.sh("echo alive"), "alive\n");
 }
 

@@ -6,32 +6,12 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use pulau_agent_protocol::message::ExitStatus;
-use pulau_tests::vmm::Vmm;
-use pulau_tests::{PATIENCE, accept, bound, wait_for};
+use pulau_tests::network::{HOST, in_own_network, ip};
+use pulau_tests::vmm::{Vmm, drive};
+use pulau_tests::{PATIENCE, accept, artifact, bound, wait_for};
 use serde_json::json;
 
 const MIB: usize = 1 << 20;
-const HOST: &str = "172.16.0.1";
-
-/// Runs `test` in a thread with a network of its own: with a tap `tap0` that has the address [`HOST`].
-fn in_own_network(test: impl FnOnce() + Send + 'static) {
-    let run = move || {
-        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("a network namespace");
-        ip("link set lo up");
-        ip("tuntap add tap0 mode tap");
-        ip(&format!("addr add {HOST}/24 dev tap0"));
-        ip("link set tap0 up");
-        test();
-    };
-    if let Err(panic) = std::thread::spawn(run).join() {
-        std::panic::resume_unwind(panic);
-    }
-}
-
-fn ip(arguments: &str) {
-    let status = Command::new("ip").args(arguments.split(' ')).status().expect("ip runs");
-    assert!(status.success(), "ip {arguments}");
-}
 
 /// A booted guest with `eth0` on `tap0`, which has address 172.16.0.2.
 fn networked(more: serde_json::Value) -> Vmm {
@@ -127,6 +107,59 @@ fn guest_and_host_reach_each_other() {
     });
 }
 
+/// Packets the host's end of the tap has taken from the guest.
+fn packets_from_guest() -> u64 {
+    let stats: serde_json::Value = serde_json::from_str(&ip("-s -j link show tap0")).unwrap();
+    stats[0]["stats64"]["rx"]["packets"].as_u64().unwrap()
+}
+
+#[test]
+fn checksums_and_segmentation_are_left_to_the_host() {
+    in_own_network(|| {
+        let vmm = networked(json!({}));
+        let root = artifact("PULAU_TEST_ROOTFS_DEBIAN");
+        vmm.put("/drives/root", drive("root", &root, true, true)).ok();
+        boot(&vmm);
+        let features = vmm.sh("ethtool -k eth0");
+        let on = |name: &str| features.lines().any(|line| line.trim() == format!("{name}: on"));
+        for name in
+            ["tx-checksum-ip-generic", "tx-tcp-segmentation", "tx-tcp6-segmentation", "scatter-gather"]
+        {
+            assert!(on(name), "{name}: {features}");
+        }
+        assert!(features.contains("rx-checksumming: on"), "{features}");
+
+        // Frames come out of the guest whole, not cut to the MTU.
+        let listener = TcpListener::bind((HOST, 5002)).unwrap();
+        let received =
+            std::thread::spawn(move || std::io::copy(&mut accept(&listener), &mut std::io::sink()).unwrap());
+        let before = packets_from_guest();
+        vmm.sh(&format!("exec bash -c 'head -c 32M /dev/zero >/dev/tcp/{HOST}/5002'"));
+        assert_eq!(received.join().unwrap(), 32 * MIB as u64);
+        let packets = packets_from_guest() - before;
+        assert!(packets > 0 && 32 * MIB as u64 / packets > 8_000, "{packets} packets for 32 MiB");
+
+        // The other way they go in whole: what the guest received of each kind is in its driver's counts.
+        let received = || -> (u64, u64) {
+            let text = vmm
+                .sh("cat /sys/class/net/eth0/statistics/rx_bytes /sys/class/net/eth0/statistics/rx_packets");
+            let mut numbers = text.lines().map(|line| line.parse().unwrap());
+            (numbers.next().unwrap(), numbers.next().unwrap())
+        };
+        let listener = TcpListener::bind((HOST, 5003)).unwrap();
+        let sent = std::thread::spawn(move || {
+            accept(&listener).write_all(&vec![7; 32 * MIB]).unwrap();
+        });
+        let (bytes, packets) = received();
+        let count = vmm.sh(&format!("exec bash -c 'wc -c </dev/tcp/{HOST}/5003'"));
+        assert_eq!(count.trim(), (32 * MIB).to_string());
+        sent.join().unwrap();
+        let (more_bytes, more_packets) = received();
+        let size = (more_bytes - bytes) / (more_packets - packets);
+        assert!(size > 8_000, "packets of {size} bytes");
+    });
+}
+
 #[test]
 fn limits_hold_and_change_while_the_guest_runs() {
     in_own_network(|| {
@@ -206,7 +239,7 @@ fn the_guest_reads_its_metadata() {
         vmm.patch("/mmds", json!({"instance": {"id": "i-5678"}})).ok();
         assert!(get("/instance/id", &token).ends_with("\r\n\r\ni-5678"));
         // Nothing of it reached the host.
-        assert!(!std::fs::read_to_string("/proc/net/arp").unwrap().contains("169.254"));
+        assert!(!std::fs::read_to_string("/proc/thread-self/net/arp").unwrap().contains("169.254"));
     });
 }
 
