@@ -17,7 +17,7 @@ pub struct Daemon {
 
 impl Daemon {
     /// Starts a daemon that has an image `minimal`. To be called in a thread with a network namespace of its
-    /// own: see [`in_own_network`].
+    /// own: see [`crate::network::in_empty_network`].
     pub fn start() -> Self {
         let mut daemon = Self { dir: tempfile::tempdir().expect("temporary directory"), child: None };
         daemon.restart(&[]);
@@ -161,18 +161,5 @@ impl Drop for Daemon {
                 );
             }
         }
-    }
-}
-
-/// Runs `test` in a thread with a network namespace of its own.
-pub fn in_own_network(test: impl FnOnce() + Send + 'static) {
-    let run = move || {
-        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("a network namespace");
-        let up = Command::new("ip").args(["link", "set", "lo", "up"]).status().expect("ip runs");
-        assert!(up.success());
-        test();
-    };
-    if let Err(panic) = std::thread::spawn(run).join() {
-        std::panic::resume_unwind(panic);
     }
 }

@@ -3,7 +3,8 @@
 use std::net::TcpStream;
 use std::process::Command;
 
-use pulau_tests::daemon::{Daemon, in_own_network};
+use pulau_tests::daemon::Daemon;
+use pulau_tests::network::{in_empty_network, ip};
 use pulau_tests::{PATIENCE, api, wait_for};
 use serde_json::{Value, json};
 
@@ -13,15 +14,14 @@ fn state(instance: &Value) -> &str {
 
 /// What the daemon's network has on the host.
 fn taps() -> Vec<String> {
-    let output = Command::new("ip").args(["-o", "link"]).output().expect("ip runs");
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let text = ip("-o link");
     let names = text.lines().filter_map(|line| line.split(": ").nth(1).map(str::to_owned));
     names.filter(|name| name.starts_with("pl-")).collect()
 }
 
 #[test]
 fn an_instance_lives_as_on_ec2() {
-    in_own_network(|| {
+    in_empty_network(|| {
         let daemon = Daemon::start();
         let id = daemon.run(&["--tag", "Name=web", "--user-data", "/etc/os-release"]);
         let shown = daemon.show(&id);
@@ -86,7 +86,7 @@ fn an_instance_lives_as_on_ec2() {
 
 #[test]
 fn a_daemon_may_die_and_instances_do_not() {
-    in_own_network(|| {
+    in_empty_network(|| {
         let mut daemon = Daemon::start();
         let (stays, stops) = (daemon.run(&[]), daemon.run(&[]));
         let (goes, reboots) = (daemon.run(&[]), daemon.run(&[]));
@@ -131,7 +131,7 @@ fn a_daemon_may_die_and_instances_do_not() {
 
 #[test]
 fn what_a_guest_does_to_itself_is_seen() {
-    in_own_network(|| {
+    in_empty_network(|| {
         let daemon = Daemon::start();
         let id = daemon.run(&[]);
         let _ = daemon.try_pulau(&["instance", "exec", &id, "--", "reboot", "-f"]);
@@ -148,7 +148,7 @@ fn what_a_guest_does_to_itself_is_seen() {
 /// What a group allows counts at once, for guests that run.
 #[test]
 fn a_security_group_lets_in_whom_it_names() {
-    in_own_network(|| {
+    in_empty_network(|| {
         let daemon = Daemon::start();
         let api = |method: &str, path: &str, body: Value| {
             api::request(&daemon.path("api.sock"), method, path, &body.to_string()).expect("an answer").ok()

@@ -115,13 +115,12 @@ pub struct Resources<'a> {
 }
 
 /// See the module's text.
-#[expect(dead_code, reason = "the first device lands next")]
 pub struct Machine {
     // The order matters: vCPUs end first, then KVM lets go of memory.
     vcpus: Vec<Vcpu>,
     _vm: Vm,
     _registers: Vec<Arc<Registers>>,
-    memory: Arc<Memory>,
+    _memory: Arc<Memory>,
     keyboard: Arc<I8042>,
     console: Arc<Mutex<Console>>,
     boot_timer: Option<Arc<BootTimer>>,
@@ -176,7 +175,16 @@ impl Machine {
         write_firmware(config, &memory, &boot, &windows)?;
         let environment = Environment { pio: Arc::new(pio), mmio: Arc::new(mmio), stop };
         let vcpus = start_vcpus(config, &vm, &boot.entry, environment, prepare_vcpu, &acknowledgements)?;
-        Ok(Self { vcpus, _vm: vm, _registers: registers, memory, keyboard, console, boot_timer, devices })
+        Ok(Self {
+            vcpus,
+            _vm: vm,
+            _registers: registers,
+            _memory: memory,
+            keyboard,
+            console,
+            boot_timer,
+            devices,
+        })
     }
 
     /// Lets the vCPUs run.

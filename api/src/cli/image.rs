@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::connection::Connection;
 use super::table::{cell, table};
-use super::{print, print_json};
+use super::{print, print_json, resource};
 use crate::client::{Client, escape};
 use crate::model::id;
 
@@ -121,11 +121,7 @@ async fn act(args: &Args, client: Client) -> anyhow::Result<ExitCode> {
         Command::Show { id } => {
             print_json(&client.get::<Value>(&format!("/v1/images/{}", escape(id))).await?)?
         }
-        Command::Delete { ids } => {
-            for id in ids {
-                client.delete(&format!("/v1/images/{}", escape(id))).await?;
-            }
-        }
+        Command::Delete { ids } => resource::delete(&client, "/v1/images", ids).await?,
     }
     Ok(ExitCode::SUCCESS)
 }

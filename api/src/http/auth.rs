@@ -11,11 +11,11 @@ use axum::http::{Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 use utoipa::ToSchema;
 
 use super::Api;
 use super::error::Refusal;
+use crate::image::Digest;
 use crate::model::ApiToken;
 
 /// What somebody may do. Each may what those before it may.
@@ -90,7 +90,7 @@ fn caller(api: &Api, request: &Request) -> Result<Caller, Refusal> {
 
 /// The hash a token is kept as.
 pub fn hash(token: &str) -> String {
-    Sha256::digest(token).iter().map(|byte| format!("{byte:02x}")).collect()
+    Digest::of(token.as_bytes()).hex()
 }
 
 fn needed_role(method: &Method, path: &str) -> Role {

@@ -54,8 +54,7 @@ pub async fn create(
 ) -> Result<(StatusCode, Json<CreatedToken>), Refusal> {
     check_name(&request.name).map_err(Error::from)?;
     let host = api.instances.host();
-    let random: String = id::random::<32>().iter().map(|byte| format!("{byte:02x}")).collect();
-    let secret = format!("pulau_{random}");
+    let secret = format!("pulau_{}", id::hex(&id::random::<32>()));
     let lifetime = request.lifetime_seconds.map(|seconds| Duration::from_secs(seconds.into()));
     let now = host.now();
     let token = ApiToken {

@@ -51,6 +51,15 @@ struct Booted {
     vm: MicroVm,
     generation: u64,
     since: Moment,
+    /// What its guest was told last; None if that is not known.
+    told: Option<Told>,
+}
+
+/// What changes of a record reach a running guest by.
+#[derive(PartialEq)]
+struct Told {
+    groups: Vec<String>,
+    metadata: serde_json::Value,
 }
 
 pub(super) struct Driver {
@@ -72,7 +81,8 @@ impl Driver {
         adopted: Option<(MicroVm, u64)>,
     ) -> Self {
         current.send_replace(adopted.as_ref().map(|(vm, _)| vm.clone()));
-        let machine = adopted.map(|(vm, generation)| Booted { vm, generation, since: Moment::now() });
+        let machine =
+            adopted.map(|(vm, generation)| Booted { vm, generation, since: Moment::now(), told: None });
         Driver { host, id, wake, machine, current, failures: 0 }
     }
 
@@ -119,10 +129,11 @@ impl Driver {
         let begun = Moment::now();
         let mut report = BootReport::default();
         match self.try_boot(instance, begun, &mut report).await {
-            Ok(vm) => {
+            Ok((vm, told)) => {
                 fault::point("instance.booted");
                 self.current.send_replace(Some(vm.clone()));
-                self.machine = Some(Booted { vm, generation: instance.generation, since: Moment::now() });
+                let (generation, since) = (instance.generation, Moment::now());
+                self.machine = Some(Booted { vm, generation, since, told });
                 let (id, now) = (&self.id, self.host.now());
                 let modified = self.host.records.modify(id, |instance: &mut Instance| {
                     if instance.desired == Desired::Running {
@@ -149,18 +160,20 @@ impl Driver {
         instance: &Instance,
         begun: Moment,
         report: &mut BootReport,
-    ) -> Result<MicroVm, Failed> {
-        let micros = || u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+    ) -> Result<(MicroVm, Option<Told>), Failed> {
+        let elapsed = || micros(begun.elapsed());
         let (host, of) = (self.host.clone(), instance.clone());
         let disks = tokio::task::spawn_blocking(move || launch::make_disks(&host, &of));
         disks.await.map_err(|error| Failed::because(&error))?.map_err(|error| Failed::because(&error))?;
-        report.disks_us = Some(micros());
+        report.disks_us = Some(elapsed());
         fault::point("instance.disks");
         let attached = self.host.wiring.attach(&self.host.records, &self.id).await;
         attached.map_err(|error| Failed::because(&error))?;
-        report.network_us = Some(micros());
+        report.network_us = Some(elapsed());
         fault::point("instance.network");
         let spec = launch::spec(&self.host, instance).map_err(|error| Failed::because(&error))?;
+        let groups = instance.security_groups.clone();
+        let told = spec.metadata.clone().map(|metadata| Told { groups, metadata });
         let vm = self.host.machines.create(spec);
         let starting = vm.clone();
         let mut started = std::pin::pin!(starting.started());
@@ -183,11 +196,10 @@ impl Driver {
             }
         }
         let times = vm.times();
-        let in_micros = |time: Option<Duration>| time.and_then(|time| u64::try_from(time.as_micros()).ok());
-        report.vmm_us =
-            in_micros(times.api_ready).map(|us| us.saturating_add(report.network_us.unwrap_or(0)));
-        report.started_us = Some(micros());
-        Ok(vm)
+        let network_us = report.network_us.unwrap_or(0);
+        report.vmm_us = times.api_ready.map(|time| micros(time).saturating_add(network_us));
+        report.started_us = Some(elapsed());
+        Ok((vm, told))
     }
 
     /// Looks after a running machine until the record changes or the machine ends.
@@ -221,20 +233,30 @@ impl Driver {
     }
 
     /// Tells a running guest's metadata and network what has changed of its record.
-    async fn update_guest(&self) {
+    async fn update_guest(&mut self) {
         if !self.host.wiring.is_connected() {
             return;
         }
-        let Some(instance) = self.host.records.get::<Instance>(&self.id) else { return };
-        if let Err(error) = self.host.wiring.attach(&self.host.records, &self.id).await {
+        let (Some(instance), Some(machine)) =
+            (self.host.records.get::<Instance>(&self.id), &mut self.machine)
+        else {
+            return;
+        };
+        let metadata = super::metadata::document(&self.host.records.read(), &instance);
+        let wanted = Told { groups: instance.security_groups.clone(), metadata };
+        // Most changes are of what the driver itself writes down.
+        if machine.told.as_ref() == Some(&wanted) {
+            return;
+        }
+        let attached = self.host.wiring.attach(&self.host.records, &self.id).await;
+        if let Err(error) = &attached {
             tracing::warn!(instance = self.id, "its network could not be changed: {error}");
         }
-        let document = super::metadata::document(&self.host.records.read(), &instance);
-        if let Some(machine) = &self.machine
-            && let Err(error) = machine.vm.put_metadata(document).await
-        {
+        let put = machine.vm.put_metadata(wanted.metadata.clone()).await;
+        if let Err(error) = &put {
             tracing::warn!(instance = self.id, "its metadata could not be changed: {error}");
         }
+        machine.told = (attached.is_ok() && put.is_ok()).then_some(wanted);
     }
 
     async fn check(&self, vm: &MicroVm, since: Moment, wait: Duration) -> StatusChecks {
@@ -267,8 +289,7 @@ impl Driver {
         generation: u64,
     ) -> Result<(), Error> {
         let times = vm.times();
-        let in_micros = |time: Option<Duration>| time.and_then(|time| u64::try_from(time.as_micros()).ok());
-        let agent_us = u64::try_from(since.elapsed().as_micros()).ok();
+        let agent_us = micros(since.elapsed());
         let modified = self.host.records.modify(&self.id, |instance: &mut Instance| {
             // Another boot may have been asked for meanwhile.
             if instance.state != InstanceState::Running || instance.generation != generation {
@@ -279,9 +300,8 @@ impl Driver {
                 && boot.agent_us.is_none()
                 && status.agent == Check::Ok
             {
-                boot.guest_init_us = in_micros(times.guest_init);
-                boot.agent_us =
-                    boot.started_us.zip(agent_us).map(|(started, agent)| started.saturating_add(agent));
+                boot.guest_init_us = times.guest_init.map(micros);
+                boot.agent_us = boot.started_us.map(|started| started.saturating_add(agent_us));
             }
             Ok::<_, Error>(())
         });
@@ -376,11 +396,7 @@ impl Driver {
         if instance.state != InstanceState::Stopping {
             self.set_state(InstanceState::Stopping, instance.state_reason.clone()).await?;
         }
-        self.end_machine(self.how_to_stop(instance)).await;
-        fault::point("instance.stopped-machine");
-        let detached = self.host.wiring.detach(&instance.interface.tap).await;
-        detached?;
-        fault::point("instance.unplugged");
+        self.take_down(instance).await?;
         let now = self.host.now();
         let modified = self.host.records.modify(&self.id, |instance: &mut Instance| {
             if instance.desired == Desired::Stopped {
@@ -395,11 +411,7 @@ impl Driver {
     }
 
     async fn terminate(&mut self, instance: &Instance) -> Result<(), Error> {
-        self.end_machine(self.how_to_stop(instance)).await;
-        fault::point("instance.stopped-machine");
-        let detached = self.host.wiring.detach(&instance.interface.tap).await;
-        detached?;
-        fault::point("instance.unplugged");
+        self.take_down(instance).await?;
         let now = self.host.now();
         self.host
             .records
@@ -443,7 +455,7 @@ impl Driver {
         for id in doomed {
             let (volumes, volume) = (self.host.volumes.clone(), id.clone());
             let deleted = tokio::task::spawn_blocking(move || volumes.delete(&volume)).await;
-            match deleted.map_err(|error| Error::Internal(error.to_string()))? {
+            match deleted? {
                 Ok(()) | Err(crate::volume::VolumeError::NotFound { .. }) => {}
                 Err(error) => return Err(error.into()),
             }
@@ -475,8 +487,14 @@ impl Driver {
             .await
     }
 
-    fn how_to_stop(&self, instance: &Instance) -> Stop {
-        if instance.force_stop { Stop::Force } else { Stop::Orderly { grace: self.host.limits.stop_within } }
+    /// Ends the machine and removes its interface. Each is done already where it is not there.
+    async fn take_down(&mut self, instance: &Instance) -> Result<(), Error> {
+        let grace = self.host.limits.stop_within;
+        self.end_machine(if instance.force_stop { Stop::Force } else { Stop::Orderly { grace } }).await;
+        fault::point("instance.stopped-machine");
+        self.host.wiring.detach(&instance.interface.tap).await?;
+        fault::point("instance.unplugged");
+        Ok(())
     }
 
     /// Ends the machine, if there is one; sooner if the record is changed to say so.
@@ -514,6 +532,10 @@ impl Driver {
         });
         modified.await.map(drop)
     }
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// Why a boot came to nothing.

@@ -64,6 +64,13 @@ impl Error {
     }
 }
 
+/// Work in a thread of its own panicked, or the runtime ends.
+impl From<tokio::task::JoinError> for Error {
+    fn from(error: tokio::task::JoinError) -> Self {
+        Error::Internal(error.to_string())
+    }
+}
+
 impl From<NameError> for Error {
     fn from(error: NameError) -> Self {
         let field = match error {

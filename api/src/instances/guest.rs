@@ -68,7 +68,7 @@ impl Service {
             file.take(CONSOLE_TAIL).read_to_end(&mut text)?;
             Ok(text)
         });
-        let text = read.await.map_err(|error| Error::Internal(error.to_string()))?;
+        let text = read.await?;
         let text = text.map_err(|error| Error::Internal(format!("console of {id}: {error}")))?;
         Ok(String::from_utf8_lossy(&text).into_owned())
     }
@@ -92,7 +92,7 @@ impl Service {
             let agent = vm.agent(limit).await.map_err(|error| problem(error.to_string()))?;
             let request = ExecRequest { argv, user, stdin: !stdin.is_empty(), ..Default::default() };
             let run = tokio::task::spawn_blocking(move || agent.output(&request, stdin.as_bytes()));
-            let output = run.await.map_err(|error| Error::Internal(error.to_string()))?;
+            let output = run.await?;
             output.map_err(|error| problem(error.to_string()))
         };
         let limited = tokio::time::timeout(limit, run).await;

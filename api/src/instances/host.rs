@@ -25,8 +25,6 @@ pub struct Limits {
     pub retry_after: Duration,
     /// How long a terminated instance stays visible.
     pub terminated_visible: Duration,
-    /// How long an idempotency token is remembered.
-    pub tokens_kept: Duration,
 }
 
 impl Default for Limits {
@@ -37,7 +35,6 @@ impl Default for Limits {
             stop_within: Duration::from_secs(30),
             retry_after: Duration::from_secs(1),
             terminated_visible: Duration::from_secs(3600),
-            tokens_kept: Duration::from_secs(24 * 3600),
         }
     }
 }

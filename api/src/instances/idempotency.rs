@@ -1,10 +1,10 @@
 //! Requests that can be sent again: the same token gives the same answer, and makes nothing twice.
 
 use serde::Serialize;
-use sha2::{Digest, Sha256};
 
 use super::error::Error;
 use super::host::Host;
+use crate::image::Digest;
 use crate::records::{Changes, Tables, Token};
 
 /// Longest token, in bytes: EC2's limit.
@@ -52,5 +52,5 @@ fn id(operation: &str, token: &str) -> String {
 
 fn hash(request: &impl Serialize) -> String {
     let bytes = serde_json::to_vec(request).unwrap_or_default();
-    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+    Digest::of(&bytes).hex()
 }

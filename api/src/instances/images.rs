@@ -188,7 +188,7 @@ impl Service {
                 manifests.flat_map(|manifest| manifest.blobs()).map(|blob| blob.digest).collect();
             images.blobs().collect(&referenced)
         });
-        collected.await.map_err(|error| Error::Internal(error.to_string()))??;
+        collected.await??;
         Ok(())
     }
 

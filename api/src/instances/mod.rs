@@ -115,7 +115,7 @@ impl Service {
             }
             Ok(())
         });
-        removed.await.map_err(|error| Error::Internal(error.to_string()))?
+        removed.await?
     }
 
     /// Wakes drivers whose record has changed, and makes those of new instances.

@@ -13,6 +13,7 @@ use super::{Service, find};
 use crate::model::{
     InstanceState, Kind, Network, Peer, Protocol, Rule, SecurityGroup, check_name, check_tags, id,
 };
+use crate::network::{addresses, is_label};
 use crate::records::{Changes, Tables};
 
 /// The network that is there from the start.
@@ -92,7 +93,7 @@ impl Service {
             id: id::new(id::NETWORK),
             name: name.to_owned(),
             subnet,
-            gateway: Ipv4Addr::from(u32::from(subnet.network()).saturating_add(1)),
+            gateway: addresses::gateway(subnet),
             nat,
             is_default: false,
             created: self.host.now(),
@@ -128,7 +129,7 @@ impl Service {
         check_label(&request.name)?;
         check_tags(&request.tags)?;
         let subnet = request.subnet;
-        if !(16..=28).contains(&subnet.prefix_len()) || subnet != subnet.trunc() || !is_usable(subnet) {
+        if addresses::check_subnet(subnet).is_err() {
             let problem =
                 "must be a network address of private use with a prefix of 16 to 28, such as 10.78.0.0/16";
             return Err(Error::invalid("subnet", problem));
@@ -142,10 +143,9 @@ impl Service {
                     if known.name == network.name {
                         return Err(Error::Exists { kind: Kind::Network, name: network.name.clone() });
                     }
-                    if known.subnet.contains(&subnet) || subnet.contains(&known.subnet) {
-                        let problem = format!("{subnet} overlaps {} of network {}", known.subnet, known.name);
-                        return Err(Error::invalid("subnet", problem));
-                    }
+                    addresses::check_apart(subnet, [known.subnet]).map_err(|overlap| {
+                        Error::invalid("subnet", format_args!("{overlap} of network {}", known.name))
+                    })?;
                 }
                 create(changes, &network, &group);
                 Ok(())
@@ -300,26 +300,10 @@ fn create(changes: &mut Changes, network: &Network, group: &SecurityGroup) {
 
 /// A network's name is part of its instances' DNS names.
 fn check_label(name: &str) -> Result<(), Error> {
-    let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
-    let fits = (1..=32).contains(&name.len())
-        && name.bytes().all(plain)
-        && !name.starts_with('-')
-        && !name.ends_with('-');
-    if fits {
+    if is_label(name, 32) {
         return Ok(());
     }
     Err(Error::invalid("name", "must be 1 to 32 lower-case letters, digits and inner hyphens"))
-}
-
-/// Of private use (RFC 1918) or shared (RFC 6598): anything else would hide a part of the world.
-fn is_usable(subnet: Ipv4Net) -> bool {
-    const USABLE: [Ipv4Net; 4] = [
-        Ipv4Net::new_assert(Ipv4Addr::new(10, 0, 0, 0), 8),
-        Ipv4Net::new_assert(Ipv4Addr::new(172, 16, 0, 0), 12),
-        Ipv4Net::new_assert(Ipv4Addr::new(192, 168, 0, 0), 16),
-        Ipv4Net::new_assert(Ipv4Addr::new(100, 64, 0, 0), 10),
-    ];
-    USABLE.iter().any(|usable| usable.contains(&subnet))
 }
 
 fn check_rules(tables: &Tables, group: &SecurityGroup) -> Result<(), Error> {

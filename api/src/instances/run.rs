@@ -7,7 +7,6 @@ use std::sync::Arc;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use ipnet::Ipv4Net;
 use pulau_vmm::config::MacAddr;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -20,6 +19,8 @@ use crate::model::{
     Desired, Image, ImageState, Instance, InstanceState, InstanceType, Interface, Kind, Network,
     ShutdownBehavior, Size, StatusChecks, Volume, VolumeAttachment, VolumeState, check_tags, id,
 };
+use crate::network::addresses::{self, AddressError};
+use crate::network::is_label;
 use crate::records::{Changes, Tables};
 
 /// Most instances of one request.
@@ -31,8 +32,6 @@ const ROOT_SIZE: u64 = 8 << 30;
 const GIB: u64 = 1 << 30;
 /// Security groups of one instance.
 const MAX_GROUPS: usize = 5;
-/// Addresses of a subnet that no instance gets: network, gateway, two reserved as on EC2; and the last.
-const RESERVED: u32 = 4;
 
 /// A request to run instances.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
@@ -341,38 +340,25 @@ fn addresses(
     let instances = tables.instances.iter().filter(|instance| instance.state != InstanceState::Terminated);
     let used: BTreeSet<Ipv4Addr> = instances.map(|instance| instance.interface.private_address).collect();
     if let Some(address) = wanted {
-        let invalid = |problem: String| Error::invalid("private_address", problem);
-        if !candidates(network.subnet).any(|candidate| candidate == address) {
-            return Err(invalid(format!("{address} is none that {} gives to instances", network.subnet)));
-        }
-        if used.contains(&address) {
-            return Err(invalid(format!("{address} is in use")));
-        }
-        return Ok(vec![address]);
+        let problem = match addresses::claim(network.subnet, &used, address) {
+            Ok(()) => return Ok(vec![address]),
+            Err(taken @ AddressError::Taken { .. }) => taken.to_string(),
+            Err(_) => format!("{address} is none that {} gives to instances", network.subnet),
+        };
+        return Err(Error::invalid("private_address", problem));
     }
-    let free = candidates(network.subnet).filter(|address| !used.contains(address));
-    let found: Vec<Ipv4Addr> = free.take(count as usize).collect();
+    let found: Vec<Ipv4Addr> = addresses::free(network.subnet, &used).take(count as usize).collect();
     if found.len() < min as usize {
         return Err(Error::NoAddress { network: network.id.clone() });
     }
     Ok(found)
 }
 
-/// Addresses of a subnet that instances may have.
-fn candidates(subnet: Ipv4Net) -> impl Iterator<Item = Ipv4Addr> {
-    let (first, last) = (u32::from(subnet.network()), u32::from(subnet.broadcast()));
-    (first.saturating_add(RESERVED)..last).map(Ipv4Addr::from)
-}
-
 /// The tag `Name`, where that can be a host name, or else the id.
 fn hostname(tags: &BTreeMap<String, String>, id: &str, index: u32) -> String {
     let name = tags.get("Name").map(|name| name.to_ascii_lowercase()).unwrap_or_default();
-    let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
-    let fits = (1..=56).contains(&name.len())
-        && name.bytes().all(plain)
-        && !name.starts_with('-')
-        && !name.ends_with('-');
-    match (fits, index) {
+    // With room for the index.
+    match (is_label(&name, 56), index) {
         (false, _) => id.to_owned(),
         (true, 0) => name,
         (true, index) => format!("{name}-{index}"),

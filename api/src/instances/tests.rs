@@ -43,7 +43,6 @@ pub(crate) async fn host(dir: &Path, simulation: &Simulation) -> Host {
             stop_within: Duration::from_secs(2),
             retry_after: Duration::from_millis(2),
             terminated_visible: Duration::from_secs(3600),
-            ..Limits::default()
         }),
         logs: dir.to_owned(),
         jailed: false,

@@ -7,7 +7,6 @@ use pulau_agent_protocol::message::ShutdownAction;
 use pulau_vmm::config::{
     ActionConfig, ActionType, BalloonStats, BalloonUpdate, VmState, VmStateChange, VmStateUpdate,
 };
-use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 
 use super::api::ApiError;
@@ -15,17 +14,9 @@ use super::ending::{Reason, StartError};
 use super::guest;
 use super::home::Home;
 use super::machine::Machine;
-use super::request::{Action, Reins, Request, RequestError, State, Stop};
+use super::request::{Action, End, Reins, Request, RequestError, State, Stop};
 use super::spec::{Host, Spec};
 use super::{adopt as takeover, start};
-
-/// How a driver's work ends.
-enum End {
-    /// The microVM is to be removed.
-    Bury(Reason),
-    /// It is left as it is.
-    LetGo,
-}
 
 /// Starts a microVM and drives it to its end.
 pub(super) async fn create(host: Host, spec: Spec, mut reins: Reins) {
@@ -33,7 +24,7 @@ pub(super) async fn create(host: Host, spec: Spec, mut reins: Reins) {
     let facts = reins.facts.clone();
     let begun = tokio::select! {
         biased;
-        end = told_to_end(&mut reins.requests, || Reason::NotStarted(StartError::Abandoned)) => Err(end),
+        end = reins.told_to_end(|| Reason::NotStarted(StartError::Abandoned)) => Err(end),
         result = start::start(&host, &spec, &mut machine, &facts) => match result {
             Ok(()) => Ok(State::Running),
             Err(error) => Err(End::Bury(Reason::NotStarted(error))),
@@ -48,7 +39,7 @@ pub(super) async fn adopt(home: Home, mut reins: Reins) {
     let facts = reins.facts.clone();
     let begun = tokio::select! {
         biased;
-        end = told_to_end(&mut reins.requests, || Reason::Killed) => Err(end),
+        end = reins.told_to_end(|| Reason::Killed) => Err(end),
         result = takeover::adopt(&mut machine, &facts) => match result {
             Ok(VmState::Paused) => Ok(State::Paused),
             Ok(_) => Ok(State::Running),
@@ -82,18 +73,6 @@ async fn live(mut machine: Machine, begun: Result<State, End>, mut reins: Reins)
     reins.state.send_replace(State::Stopped(Arc::new(ending)));
 }
 
-/// Returns when a stop is requested, or nobody can request anything any more; refuses everything else.
-async fn told_to_end(requests: &mut mpsc::Receiver<Request>, stopped: impl Fn() -> Reason) -> End {
-    while let Some(request) = requests.recv().await {
-        match request {
-            Request::Stop(_) => break,
-            Request::Detach => return End::LetGo,
-            other => other.refuse(),
-        }
-    }
-    End::Bury(stopped())
-}
-
 /// Between looks at how large the console's log has become.
 const LOOK_AT_LOG_EVERY: Duration = Duration::from_secs(10);
 
@@ -124,11 +103,7 @@ async fn run(machine: &mut Machine, reins: &mut Reins) -> End {
             }
             Some(Request::Detach) => return End::LetGo,
             Some(Request::Do(action, reply)) => {
-                let new = match action {
-                    Action::Pause => Some(State::Paused),
-                    Action::Resume => Some(State::Running),
-                    _ => None,
-                };
+                let new = action.leads_to();
                 let result = machine.act(action).await;
                 if let (Ok(()), Some(new)) = (&result, new) {
                     reins.state.send_replace(new);

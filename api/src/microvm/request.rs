@@ -10,7 +10,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::api::ApiError;
 use super::boot_times::BootTimes;
-use super::ending::Ending;
+use super::ending::{Ending, Reason};
 use super::guest::Reach;
 use super::usage::Usage;
 
@@ -71,6 +71,25 @@ pub enum Action {
     PatchMetadata(serde_json::Value),
 }
 
+impl Action {
+    /// The state a microVM is in when this has been done, if that is another.
+    pub(super) fn leads_to(&self) -> Option<State> {
+        match self {
+            Action::Pause => Some(State::Paused),
+            Action::Resume => Some(State::Running),
+            _ => None,
+        }
+    }
+}
+
+/// How a driver's work ends.
+pub(super) enum End {
+    /// The microVM is to be removed.
+    Bury(Reason),
+    /// It is left as it is.
+    LetGo,
+}
+
 pub(super) type Reply<T> = oneshot::Sender<Result<T, RequestError>>;
 
 pub(super) enum Request {
@@ -120,6 +139,20 @@ pub(super) struct Reins {
     pub requests: mpsc::Receiver<Request>,
     pub state: watch::Sender<State>,
     pub facts: SharedFacts,
+}
+
+impl Reins {
+    /// Returns when a stop is requested, or nobody can request anything any more; refuses everything else.
+    pub async fn told_to_end(&mut self, stopped: impl Fn() -> Reason) -> End {
+        while let Some(request) = self.requests.recv().await {
+            match request {
+                Request::Stop(_) => break,
+                Request::Detach => return End::LetGo,
+                other => other.refuse(),
+            }
+        }
+        End::Bury(stopped())
+    }
 }
 
 /// The handles' ends.

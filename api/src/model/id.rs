@@ -1,7 +1,5 @@
 //! Names that Pulau gives: a prefix that tells the kind, and 17 hexadecimal digits, as EC2's.
 
-use std::fmt::Write;
-
 /// Hexadecimal digits behind the prefix.
 const DIGITS: usize = 17;
 
@@ -16,13 +14,14 @@ pub const API_TOKEN: &str = "tok";
 
 /// A new one, unlike any other: `i-0123456789abcdef0`.
 pub fn new(prefix: &str) -> String {
-    let mut id = format!("{prefix}-");
-    for byte in random::<{ DIGITS.div_ceil(2) }>() {
-        // Writing to a String cannot fail.
-        let _ = write!(id, "{byte:02x}");
-    }
+    let mut id = format!("{prefix}-{}", hex(&random::<{ DIGITS.div_ceil(2) }>()));
     id.truncate(prefix.len() + 1 + DIGITS);
     id
+}
+
+/// Bytes as lower-case hexadecimal digits.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Random bytes from the kernel.
@@ -32,16 +31,8 @@ pub fn new(prefix: &str) -> String {
 /// If the kernel has none, which Linux since 3.17 always has once it has booted.
 pub fn random<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
-    let mut filled = 0;
-    while filled < N {
-        let rest = &mut bytes[filled..];
-        // SAFETY: the pointer and length are those of a live, writable slice.
-        let count = unsafe { libc::getrandom(rest.as_mut_ptr().cast(), rest.len(), 0) };
-        match usize::try_from(count) {
-            Ok(count) => filled += count,
-            Err(_) => assert!(nix::errno::Errno::last() == nix::errno::Errno::EINTR, "no random numbers"),
-        }
-    }
+    let filled = getrandom::fill(&mut bytes);
+    assert!(filled.is_ok(), "no random numbers: {filled:?}");
     bytes
 }
 

@@ -53,24 +53,18 @@ pub fn gateway(subnet: Ipv4Net) -> Ipv4Addr {
     Ipv4Addr::from(u32::from(subnet.network()).saturating_add(1))
 }
 
+/// The addresses that are free, lowest first.
+pub fn free(subnet: Ipv4Net, used: &BTreeSet<Ipv4Addr>) -> impl Iterator<Item = Ipv4Addr> {
+    assignable(subnet).map(Ipv4Addr::from).filter(|address| !used.contains(address))
+}
+
 /// The lowest address that is free.
 ///
 /// # Errors
 ///
 /// [`AddressError::Exhausted`].
 pub fn allocate(subnet: Ipv4Net, used: &BTreeSet<Ipv4Addr>) -> Result<Ipv4Addr, AddressError> {
-    let mut candidates = assignable(subnet);
-    let (first, last) = (Ipv4Addr::from(*candidates.start()), Ipv4Addr::from(*candidates.end()));
-    let taken = if first <= last { used.range(first..=last) } else { used.range(first..first) };
-    for taken in taken {
-        // Both rise: the first candidate that is not the next one taken is in a gap.
-        match candidates.next() {
-            Some(candidate) if candidate == u32::from(*taken) => {}
-            Some(candidate) => return Ok(candidate.into()),
-            None => break,
-        }
-    }
-    candidates.next().map(Ipv4Addr::from).ok_or(AddressError::Exhausted { subnet })
+    free(subnet, used).next().ok_or(AddressError::Exhausted { subnet })
 }
 
 /// Whether a certain address may be given away.

@@ -382,11 +382,16 @@ fn check_id(what: &'static str, id: &str) -> Result<()> {
     Err(DefinitionError::Name { what, name: id.to_owned(), problem })
 }
 
-/// A label of a DNS name (RFC 1123, section 2.1), in lower case so that there is one way to write it.
-fn check_label(what: &'static str, label: &str) -> Result<()> {
+/// Whether `label` can be one of a DNS name (RFC 1123, section 2.1), of at most `longest` bytes; in lower case,
+/// so that there is one way to write it.
+pub fn is_label(label: &str, longest: usize) -> bool {
     let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
     let edges = !label.starts_with('-') && !label.ends_with('-');
-    if (1..=63).contains(&label.len()) && edges && label.bytes().all(plain) {
+    (1..=longest).contains(&label.len()) && edges && label.bytes().all(plain)
+}
+
+fn check_label(what: &'static str, label: &str) -> Result<()> {
+    if is_label(label, 63) {
         return Ok(());
     }
     let problem = "must be 1 to 63 lower-case letters, digits and inner hyphens";

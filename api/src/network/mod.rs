@@ -38,7 +38,7 @@ mod tap;
 
 pub use definition::{
     Attachment, DefinitionError, GroupDef, MAX_GROUPS, NetworkDef, Peer, Plan, Ports, Published, Rule,
-    Traffic, Transport,
+    Traffic, Transport, is_label,
 };
 pub use fabric::Fabric;
 pub use host::{Config, NetworkError};

@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use tokio::sync::oneshot;
 
 use super::path;
-use crate::cli::microvm::escape::Escape;
+use crate::cli::microvm::escape::copy_typed;
 use crate::cli::microvm::terminal::{self, RawMode};
 use crate::cli::print;
 use crate::client::Client;
@@ -43,7 +43,8 @@ async fn attach(id: &str, client: &Client) -> anyhow::Result<()> {
     let raw = interactive.then(RawMode::enter).transpose().context("the terminal")?;
     let (left, mut has_left) = oneshot::channel();
     // Left behind at the end: it waits in a read that may never return.
-    std::thread::spawn(move || type_into(typed, interactive.then_some(left)));
+    let left = interactive.then_some(left);
+    std::thread::spawn(move || copy_typed(left, |bytes| (&typed).write_all(bytes)));
     let mut shown = tokio::task::spawn_blocking(move || show(stream));
     let mut may_leave = interactive;
     let result = loop {
@@ -69,34 +70,5 @@ fn show(mut console: UnixStream) -> io::Result<()> {
         let mut output = io::stdout().lock();
         output.write_all(&buffer[..length])?;
         output.flush()?;
-    }
-}
-
-/// Copies standard input to the console until either ends, or a user at a terminal wants out.
-fn type_into(mut console: UnixStream, left: Option<oneshot::Sender<()>>) {
-    let mut escape = left.is_some().then(Escape::default);
-    let mut buffer = [0; 4 << 10];
-    let mut filtered = Vec::new();
-    loop {
-        let length = match io::stdin().lock().read(&mut buffer) {
-            Ok(0) => return,
-            Ok(length) => length,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(_) => return,
-        };
-        let mut bytes = &buffer[..length];
-        if let Some(escape) = &mut escape {
-            filtered.clear();
-            if escape.filter(bytes, &mut filtered) {
-                if let Some(left) = left {
-                    let _ = left.send(());
-                }
-                return;
-            }
-            bytes = &filtered;
-        }
-        if console.write_all(bytes).is_err() {
-            return;
-        }
     }
 }

@@ -1,4 +1,9 @@
-//! The way out of a terminal whose guest no longer listens: `~.` at the beginning of a line, as in ssh.
+//! What is typed, on its way to a guest; and the way out of a terminal whose guest no longer listens: `~.` at the
+//! beginning of a line, as in ssh.
+
+use std::io::{self, Read as _};
+
+use tokio::sync::oneshot;
 
 /// What the user typed so far at the beginning of the line.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -37,6 +42,39 @@ impl Escape {
             self.place = next;
         }
         false
+    }
+}
+
+/// Gives standard input to `write` until it ends, which is when this returns true; or until `write` fails, or the
+/// user at a terminal wants out, which `left` is told. Without `left` there is no escape. Blocks.
+pub fn copy_typed<E>(
+    left: Option<oneshot::Sender<()>>,
+    mut write: impl FnMut(&[u8]) -> Result<(), E>,
+) -> bool {
+    let mut escape = left.is_some().then(Escape::default);
+    let mut buffer = [0; 16 << 10];
+    let mut filtered = Vec::new();
+    loop {
+        let length = match io::stdin().lock().read(&mut buffer) {
+            Ok(0) => return true,
+            Ok(length) => length,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            Err(_) => return true,
+        };
+        let mut bytes = &buffer[..length];
+        if let Some(escape) = &mut escape {
+            filtered.clear();
+            if escape.filter(bytes, &mut filtered) {
+                if let Some(left) = left {
+                    let _ = left.send(());
+                }
+                return false;
+            }
+            bytes = &filtered;
+        }
+        if write(bytes).is_err() {
+            return false;
+        }
     }
 }
 

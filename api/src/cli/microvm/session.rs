@@ -3,7 +3,7 @@
 //! The agent's client blocks, so output is copied on one thread and input on another. The latter is left
 //! behind when the process ends: it waits in a read that may never return.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread;
@@ -13,7 +13,7 @@ use pulau_agent_protocol::message::{ExecRequest, ExitStatus, WindowSize};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 
-use super::escape::Escape;
+use super::escape::copy_typed;
 use super::terminal::{self, RawMode};
 use crate::microvm::Agent;
 
@@ -123,32 +123,9 @@ fn lock(input: &Mutex<ExecInput<UnixStream>>) -> std::sync::MutexGuard<'_, ExecI
 
 /// Copies standard input to the process until either ends, or a user at a terminal wants out.
 fn copy_input(input: &Mutex<ExecInput<UnixStream>>, left: Option<oneshot::Sender<()>>) {
-    let mut escape = left.is_some().then(Escape::default);
-    let mut buffer = [0; 16 << 10];
-    let mut filtered = Vec::new();
-    loop {
-        let length = match io::stdin().lock().read(&mut buffer) {
-            Ok(0) => break,
-            Ok(length) => length,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-            Err(_) => break,
-        };
-        let mut bytes = &buffer[..length];
-        if let Some(escape) = &mut escape {
-            filtered.clear();
-            if escape.filter(bytes, &mut filtered) {
-                if let Some(left) = left {
-                    let _ = left.send(());
-                }
-                return;
-            }
-            bytes = &filtered;
-        }
-        if lock(input).write_all(bytes).is_err() {
-            return; // The process reads no more.
-        }
+    if copy_typed(left, |bytes| lock(input).write_all(bytes)) {
+        let _ = lock(input).close();
     }
-    let _ = lock(input).close();
 }
 
 /// Writes through at once: a prompt has no line end.

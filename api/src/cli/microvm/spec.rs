@@ -10,6 +10,7 @@ use pulau_vmm::config::{
 };
 
 use crate::microvm::{JailSpec, Network, Spec};
+use crate::model::id;
 
 /// The kernel's own part of the command line: a console for messages that matter, an immediate end on a
 /// panic, and no probing for what is not there.
@@ -173,11 +174,7 @@ impl MachineArgs {
 
 /// A name nobody else is likely to use at the same time.
 fn random_name() -> String {
-    let mut bytes = [0u8; 4];
-    // SAFETY: the kernel writes at most the given number of bytes to the buffer. Should it write none, the
-    // name is in use sooner, which is reported as such.
-    unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
-    format!("vm-{:08x}", u32::from_ne_bytes(bytes))
+    format!("vm-{}", id::hex(&id::random::<4>()))
 }
 
 #[cfg(test)]

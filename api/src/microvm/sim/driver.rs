@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hyper::StatusCode;
-use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::agent::Door;
@@ -15,7 +14,7 @@ use crate::microvm::console::open_log;
 use crate::microvm::ending::{Ending, Reason, StartError};
 use crate::microvm::home::HomeError;
 use crate::microvm::process::Exit;
-use crate::microvm::request::{Action, Reins, Request, RequestError, State, Stop};
+use crate::microvm::request::{Action, End, Reins, Request, RequestError, State, Stop};
 use crate::microvm::spec::Spec;
 
 /// Bounds of the real driver.
@@ -23,12 +22,6 @@ const START_WITHIN: Duration = Duration::from_secs(60);
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 
 const KILLED: Exit = Exit::Signal(libc::SIGKILL);
-
-/// How a driver's work ends.
-enum End {
-    Bury(Reason),
-    LetGo,
-}
 
 /// A microVM that has a driver as long as this lives.
 pub(super) struct Driving {
@@ -124,7 +117,7 @@ pub(super) async fn create(sim: Simulation, spec: Spec, mut reins: Reins) {
     reins.facts.lock().spawned_at = Some(Instant::now().into_std());
     let begun = tokio::select! {
         biased;
-        end = told_to_end(&mut reins.requests, || Reason::NotStarted(StartError::Abandoned)) => Err(end),
+        end = reins.told_to_end(|| Reason::NotStarted(StartError::Abandoned)) => Err(end),
         result = start(&driving) => result.map_err(|error| End::Bury(Reason::NotStarted(error))),
     };
     live(driving, begun.map(|()| State::Running), reins).await;
@@ -150,7 +143,7 @@ async fn start(driving: &Driving) -> Result<(), StartError> {
 pub(super) async fn adopt(driving: Driving, mut reins: Reins) {
     let begun = tokio::select! {
         biased;
-        end = told_to_end(&mut reins.requests, || Reason::Killed) => Err(end),
+        end = reins.told_to_end(|| Reason::Killed) => Err(end),
         result = take_over(&driving) => result.map_err(End::Bury),
     };
     if begun.is_ok() {
@@ -205,17 +198,6 @@ async fn live(driving: Driving, begun: Result<State, End>, mut reins: Reins) {
     reins.state.send_replace(State::Stopped(Arc::new(ending)));
 }
 
-async fn told_to_end(requests: &mut mpsc::Receiver<Request>, stopped: impl Fn() -> Reason) -> End {
-    while let Some(request) = requests.recv().await {
-        match request {
-            Request::Stop(_) => break,
-            Request::Detach => return End::LetGo,
-            other => other.refuse(),
-        }
-    }
-    End::Bury(stopped())
-}
-
 async fn run(driving: &Driving, reins: &mut Reins) -> End {
     loop {
         let request = tokio::select! {
@@ -230,11 +212,7 @@ async fn run(driving: &Driving, reins: &mut Reins) -> End {
             Some(Request::Stop(Stop::Reboot { grace })) => return stop(driving, reins, REBOOT, grace).await,
             Some(Request::Detach) => return End::LetGo,
             Some(Request::Do(action, reply)) => {
-                let new = match action {
-                    Action::Pause => Some(State::Paused),
-                    Action::Resume => Some(State::Running),
-                    _ => None,
-                };
+                let new = action.leads_to();
                 let result = asked(driving).await.map(|()| act(driving, action));
                 if let (Ok(()), Some(new)) = (&result, new) {
                     reins.state.send_replace(new);
