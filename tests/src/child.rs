@@ -1,7 +1,9 @@
 //! Child processes of tests, which get only so much time.
 
 use std::io::Read;
-use std::process::{Child, ExitStatus, Output};
+use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
@@ -9,6 +11,23 @@ use crate::{PATIENCE, give_up_on};
 
 /// More than the bounds that `pulau` is given, so that it is the one to say what took too long.
 const BOUND: Duration = PATIENCE.saturating_mul(2);
+
+/// Has `command` run on the terminal `slave`, in a session of its own, with all its streams.
+pub fn on_terminal(command: &mut Command, slave: &OwnedFd) {
+    let stream = || Stdio::from(slave.try_clone().expect("a descriptor"));
+    command.stdin(stream()).stdout(stream()).stderr(stream());
+    // SAFETY: only system calls, between fork and exec.
+    unsafe {
+        command.pre_exec(|| {
+            nix::unistd::setsid()?;
+            // SAFETY: standard input is the terminal; the request takes an integer.
+            match libc::ioctl(0, libc::TIOCSCTTY, 0) {
+                0 => Ok(()),
+                _ => Err(std::io::Error::last_os_error()),
+            }
+        })
+    };
+}
 
 /// Waits for a child to end by itself, and returns all that it wrote to its pipes. A child that does not end in
 /// time is killed, and the test fails.

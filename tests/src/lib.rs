@@ -6,7 +6,7 @@
 //! [`PATIENCE`] is generous because the machine may itself be emulated.
 
 use std::net::{TcpListener, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub mod api;
@@ -16,6 +16,7 @@ pub mod footprint;
 pub mod guest;
 pub mod intruder;
 pub mod network;
+pub mod power_loss;
 pub mod process;
 pub mod stand_in;
 pub mod vmm;
@@ -34,6 +35,14 @@ pub fn artifact(name: &str) -> PathBuf {
 /// A built program of this project.
 pub fn program(name: &str) -> PathBuf {
     artifact("PULAU_BIN_DIR").join(name)
+}
+
+/// The SHA-256 of a file's content, by `sha256sum`, as a guest says it.
+#[track_caller]
+pub fn sha256(path: &Path) -> String {
+    let output = std::process::Command::new("sha256sum").arg(path).output().expect("sha256sum runs");
+    let text = String::from_utf8(output.stdout).expect("text");
+    text.split_whitespace().next().expect("a digest").to_owned()
 }
 
 /// Waits until `condition` gives something, at most `patience`.

@@ -5,9 +5,9 @@ use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use nix::sys::signal::Signal;
+use pulau_tests::power_loss::loses_nothing_flushed;
 use pulau_tests::vmm::{Vmm, drive};
-use pulau_tests::{PATIENCE, wait_for};
+use pulau_tests::{PATIENCE, sha256, wait_for};
 use serde_json::{Value, json};
 
 const MIB: usize = 1 << 20;
@@ -46,11 +46,6 @@ fn patterned_disk(path: &Path, mib: usize) {
     }
 }
 
-fn hash(path: &Path) -> String {
-    let output = std::process::Command::new("sha256sum").arg(path).output().unwrap();
-    String::from_utf8(output.stdout).unwrap().split_whitespace().next().unwrap().to_owned()
-}
-
 fn with(mut config: Value, more: Value) -> Value {
     config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
     config
@@ -78,7 +73,11 @@ fn disk_of(mib: usize) -> impl FnOnce(&Vmm) -> PathBuf {
 fn guests_read_what_is_there_with_either_engine() {
     for engine in ENGINES {
         let (vmm, path) = guest_with_disk(disk_of(16), json!({"io_engine": engine}));
-        assert_eq!(vmm.sh("sha256sum /dev/vdb").split_whitespace().next().unwrap(), hash(&path), "{engine}");
+        assert_eq!(
+            vmm.sh("sha256sum /dev/vdb").split_whitespace().next().unwrap(),
+            sha256(&path),
+            "{engine}"
+        );
         assert_eq!(vmm.sh("cat /sys/block/vdb/size").trim(), (16 * MIB / 512).to_string());
         assert_eq!(vmm.sh("cat /sys/block/vdb/serial"), "data");
     }
@@ -93,17 +92,17 @@ fn what_the_guest_writes_and_syncs_is_in_the_file() {
         let inside = vmm
             .sh("dd if=/dev/urandom of=/dev/vdb bs=64k count=200 seek=3 conv=fsync 2>/dev/null; \
              echo 3 > /proc/sys/vm/drop_caches; sha256sum /dev/vdb");
-        assert_eq!(inside.split_whitespace().next().unwrap(), hash(&path), "{engine}");
+        assert_eq!(inside.split_whitespace().next().unwrap(), sha256(&path), "{engine}");
     }
 }
 
 #[test]
 fn a_read_only_drive_refuses_writes() {
     let (vmm, path) = guest_with_disk(disk_of(1), json!({"is_read_only": true}));
-    let before = hash(&path);
+    let before = sha256(&path);
     assert_eq!(vmm.sh("cat /sys/block/vdb/ro").trim(), "1");
     vmm.sh("! dd if=/dev/zero of=/dev/vdb bs=4k count=1 conv=fsync 2>/dev/null");
-    assert_eq!(hash(&path), before);
+    assert_eq!(sha256(&path), before);
 }
 
 #[test]
@@ -125,37 +124,7 @@ fn a_power_loss_loses_nothing_that_was_flushed() {
     for engine in ENGINES {
         let (mut vmm, path) =
             guest_with_disk(disk_of(8), json!({"io_engine": engine, "cache_type": "Writeback"}));
-        vmm.sh("cat > /tmp/w <<'E'\n\
-             i=0\n\
-             while [ $i -lt 2000 ]; do\n\
-             printf 'record %08d' $i | dd of=/dev/vdb bs=512 seek=$i conv=notrunc,fsync,sync 2>/dev/null\n\
-             echo flushed $i > /dev/ttyS0\n\
-             i=$((i + 1))\n\
-             done\n\
-             E\n\
-             setsid sh /tmp/w >/dev/null 2>&1 </dev/null &");
-        let flushed = || {
-            let console = vmm.console();
-            let last =
-                console.lines().rev().find_map(|l| l.trim().strip_prefix("flushed ")?.parse::<u64>().ok());
-            last.filter(|n| *n >= 20)
-        };
-        wait_for("twenty records", PATIENCE, flushed);
-        vmm.signal(Signal::SIGKILL);
-        vmm.wait();
-        let console = vmm.console();
-        let complete = console.rfind('\n').map_or("", |end| &console[..end]);
-        let last = complete
-            .lines()
-            .rev()
-            .find_map(|l| l.trim().strip_prefix("flushed ")?.parse::<u64>().ok())
-            .unwrap();
-        let disk = File::open(&path).unwrap();
-        for record in 0..=last {
-            let mut bytes = [0; 15];
-            disk.read_exact_at(&mut bytes, record * 512).unwrap();
-            assert_eq!(std::str::from_utf8(&bytes).unwrap(), format!("record {record:08}"), "{engine}");
-        }
+        loses_nothing_flushed(&mut vmm, "/dev/vdb", &path);
     }
 }
 
@@ -169,7 +138,7 @@ fn another_file_can_be_put_behind_a_drive() {
     wait_for("the new size", PATIENCE, || {
         (vmm.sh("cat /sys/block/vdb/size").trim() == (9 * MIB / 512).to_string()).then_some(())
     });
-    assert_eq!(vmm.sh("sha256sum /dev/vdb").split_whitespace().next().unwrap(), hash(&other));
+    assert_eq!(vmm.sh("sha256sum /dev/vdb").split_whitespace().next().unwrap(), sha256(&other));
     vmm.patch("/drives/data", json!({"drive_id": "data", "path_on_host": "/nowhere"}))
         .refused(400, "/nowhere");
     assert_eq!(vmm.sh("cat /sys/block/vdb/size").trim(), (9 * MIB / 512).to_string());
@@ -256,6 +225,6 @@ fn two_writers_of_one_disk_are_refused_and_two_readers_are_not() {
         })
         .collect();
     for reader in &readers {
-        assert_eq!(reader.sh("sha256sum /dev/vdb").split_whitespace().next().unwrap(), hash(&shared));
+        assert_eq!(reader.sh("sha256sum /dev/vdb").split_whitespace().next().unwrap(), sha256(&shared));
     }
 }

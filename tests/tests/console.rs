@@ -2,8 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Instant;
 
 use nix::pty::openpty;
@@ -11,7 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use pulau_agent_protocol::client::connect;
 use pulau_tests::vmm::{BOOT_ARGS, Vmm, drive};
-use pulau_tests::{PATIENCE, artifact, program, wait_for};
+use pulau_tests::{PATIENCE, artifact, child, program, wait_for};
 use serde_json::json;
 
 #[test]
@@ -47,20 +46,9 @@ fn in_the_background_of_a_terminal_keys_are_the_shells() {
         path("pid").display(),
     );
     let pty = openpty(None, None).unwrap();
-    let slave = || Stdio::from(pty.slave.try_clone().unwrap());
     let mut command = Command::new("bash");
-    command.args(["-c", &script]).stdin(slave()).stdout(slave()).stderr(slave());
-    // SAFETY: only system calls, between fork and exec.
-    unsafe {
-        command.pre_exec(|| {
-            nix::unistd::setsid()?;
-            // SAFETY: standard input is the terminal; the request takes an integer.
-            match libc::ioctl(0, libc::TIOCSCTTY, 0) {
-                0 => Ok(()),
-                _ => Err(std::io::Error::last_os_error()),
-            }
-        })
-    };
+    command.args(["-c", &script]);
+    child::on_terminal(&mut command, &pty.slave);
     let mut shell = command.spawn().unwrap();
     let guest = || connect(&path("vsock"), Instant::now() + PATIENCE).unwrap();
     guest();

@@ -2,9 +2,8 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::mpsc;
@@ -313,21 +312,9 @@ struct OnTerminal {
 impl OnTerminal {
     fn start(user: &User, size: Winsize) -> Self {
         let pty = openpty(Some(&size), None).expect("a terminal");
-        let slave = |fd: &OwnedFd| Stdio::from(fd.try_clone().expect("a descriptor"));
         let mut command = user.command(&[]);
-        command.stdin(slave(&pty.slave)).stdout(slave(&pty.slave)).stderr(slave(&pty.slave));
         command.env("TERM", "vt100");
-        // SAFETY: only system calls, between fork and exec.
-        unsafe {
-            command.pre_exec(|| {
-                nix::unistd::setsid()?;
-                // SAFETY: standard input is the terminal; the request takes an integer.
-                match libc::ioctl(0, libc::TIOCSCTTY, 0) {
-                    0 => Ok(()),
-                    _ => Err(std::io::Error::last_os_error()),
-                }
-            })
-        };
+        child::on_terminal(&mut command, &pty.slave);
         let child = command.spawn().expect("pulau starts");
         drop(command);
         drop(pty.slave);

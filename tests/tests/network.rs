@@ -55,8 +55,7 @@ fn to_guest(vmm: &Vmm, data: &[u8]) -> Duration {
 fn sha256(data: &[u8]) -> String {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), data).unwrap();
-    let output = Command::new("sha256sum").arg(file.path()).output().unwrap();
-    String::from_utf8(output.stdout).unwrap().split_whitespace().next().unwrap().to_owned()
+    pulau_tests::sha256(file.path())
 }
 
 #[test]

@@ -3,13 +3,12 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
 
-use nix::sys::signal::Signal;
+use pulau_tests::power_loss::loses_nothing_flushed;
 use pulau_tests::vmm::{BOOT_ARGS, Vmm};
-use pulau_tests::{PATIENCE, artifact, wait_for};
+use pulau_tests::{artifact, sha256};
 use pulau_vmm::exit::ExitCode;
 use serde_json::{Value, json};
 
@@ -19,11 +18,6 @@ const MIB: usize = 1 << 20;
 fn patterned_file(path: &Path, len: usize) {
     let bytes: Vec<u8> = (0..len).map(|i| (i * 7 + (i >> 8) + (i >> 12) * 31) as u8).collect();
     File::create(path).unwrap().write_all(&bytes).unwrap();
-}
-
-fn sha256(path: &Path) -> String {
-    let output = Command::new("sha256sum").arg(path).output().unwrap();
-    String::from_utf8(output.stdout).unwrap().split_whitespace().next().unwrap().to_owned()
 }
 
 /// A guest that boots from a drive and has `file` as `/dev/pmem0`.
@@ -123,29 +117,7 @@ fn a_power_loss_loses_nothing_that_was_flushed() {
     let file = dir.path().join("data.img");
     patterned_file(&file, 2 * MIB);
     let mut guest = guest_with(&file, false);
-    guest.sh("cat > /tmp/w <<'E'\n\
-         i=0\n\
-         while [ $i -lt 2000 ]; do\n\
-         printf 'record %08d' $i | dd of=/dev/pmem0 bs=512 seek=$i conv=notrunc,fsync,sync 2>/dev/null\n\
-         echo flushed $i > /dev/ttyS0\n\
-         i=$((i + 1))\n\
-         done\n\
-         E\n\
-         setsid sh /tmp/w >/dev/null 2>&1 </dev/null &");
-    let last_flushed = |console: String| {
-        let complete = console.rfind('\n').map_or("", |end| &console[..end]).to_owned();
-        complete.lines().rev().find_map(|l| l.trim().strip_prefix("flushed ")?.parse::<u64>().ok())
-    };
-    wait_for("twenty records", PATIENCE, || last_flushed(guest.console()).filter(|n| *n >= 20));
-    guest.signal(Signal::SIGKILL);
-    guest.wait();
-    let last = last_flushed(guest.console()).unwrap();
-    let disk = File::open(&file).unwrap();
-    for record in 0..=last {
-        let mut bytes = [0; 15];
-        disk.read_exact_at(&mut bytes, record * 512).unwrap();
-        assert_eq!(std::str::from_utf8(&bytes).unwrap(), format!("record {record:08}"));
-    }
+    loses_nothing_flushed(&mut guest, "/dev/pmem0", &file);
 }
 
 #[test]
