@@ -127,7 +127,9 @@ fn invariants(dir: &Path, simulation: &Simulation, service: &Service) -> Result<
     let running = alive().filter(|i| i.state == InstanceState::Running);
     let wanted: BTreeSet<String> = running.map(|i| launch::machine_id(&i.id, i.generation)).collect();
     if machines != wanted {
-        return Err(format!("there are machines {machines:?}, and should be {wanted:?}"));
+        let odd = machines.symmetric_difference(&wanted);
+        let odd = odd.map(|id| (id, launch::of_machine(id).and_then(|(id, _)| tables.instances.get(id))));
+        return Err(format!("not both there and wanted: {:#?}", odd.collect::<Vec<_>>()));
     }
     let addresses: BTreeSet<_> = alive().map(|i| i.interface.private_address).collect();
     if addresses.len() != alive().count() {

@@ -115,7 +115,7 @@ impl Driver {
                 Ok(())
             }
             (Desired::Stopped, _) => self.stop(instance).await,
-            (Desired::Terminated, _) if instance.state == InstanceState::Terminated => {
+            (Desired::Terminated, None) if instance.state == InstanceState::Terminated => {
                 self.forget(instance).await
             }
             (Desired::Terminated, _) => self.terminate(instance).await,
@@ -474,8 +474,8 @@ impl Driver {
         let rest = self.host.limits.terminated_visible.saturating_sub(visible);
         sleep(rest).await;
         let console = launch::console_log(&self.host, &self.id);
-        let _ = tokio::fs::remove_file(&console).await;
-        let _ = tokio::fs::remove_file(console.with_extension("console.1")).await;
+        let _ = tokio::fs::remove_file(&console.path).await;
+        let _ = tokio::fs::remove_file(console.rotated()).await;
         self.host
             .records
             .update(|tables, changes| {
@@ -504,6 +504,10 @@ impl Driver {
         loop {
             tokio::select! {
                 ending = &mut stopping => {
+                    if matches!(ending.reason, Reason::Detached) {
+                        // It was let go and runs on: whoever adopts it ends it, and writes that down.
+                        return std::future::pending().await;
+                    }
                     if let Some(error) = &ending.left_behind {
                         tracing::warn!(instance = self.id, "not all of its machine could be removed: {error}");
                     }

@@ -56,7 +56,7 @@ impl Service {
     /// There is no such instance.
     pub async fn console(&self, id: &str) -> Result<String, Error> {
         find::instance(&self.host.records.read(), id)?;
-        let path = launch::console_log(&self.host, id);
+        let path = launch::console_log(&self.host, id).path;
         let read = tokio::task::spawn_blocking(move || -> std::io::Result<Vec<u8>> {
             let mut file = match std::fs::File::open(&path) {
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),

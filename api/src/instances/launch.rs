@@ -5,24 +5,20 @@ use std::path::PathBuf;
 use pulau_agent_protocol::boot::{BootOptions, Overlay};
 use pulau_agent_protocol::network::NetworkConfig;
 use pulau_vmm::config::{
-    BalloonConfig, BootSourceConfig, ConfigError, DriveConfig, EntropyConfig, MachineConfig, MmdsConfig,
-    MmdsVersion, NetworkInterfaceConfig, SerialConfig, TokenBucketConfig, VmConfig, VsockConfig,
+    BalloonConfig, BootSourceConfig, ConfigError, DriveConfig, MachineConfig, MmdsConfig, MmdsVersion,
+    NetworkInterfaceConfig, VmConfig,
 };
 
 use super::error::Error;
 use super::host::Host;
 use super::metadata;
 use crate::image::{Manifest, Root};
-use crate::microvm::{Console, ConsoleLog, JailSpec, Network as Namespace, Spec};
+use crate::microvm::{Console, ConsoleLog, JailSpec, Network as Namespace, Spec, furnish};
 use crate::model::{Instance, Kind, Network};
 use crate::volume::Content;
 
-/// What a guest may write to its console at once, and each second after that.
-const CONSOLE_BYTES: u64 = 1 << 20;
 /// A console's file is set aside when it is larger.
 const CONSOLE_LOG_BYTES: u64 = 8 << 20;
-/// The host side of vsock is a socket of this microVM's own, so every guest can have the same number.
-const GUEST_CID: u32 = 3;
 /// The kernel's own part of the command line.
 const BOOT_ARGS: &str =
     "console=ttyS0 reboot=k panic=-1 8250.nr_uarts=1 i8042.noaux i8042.nomux i8042.dumbkbd";
@@ -39,8 +35,8 @@ pub fn of_machine(id: &str) -> Option<(&str, u64)> {
 }
 
 /// The file an instance's console is kept in.
-pub fn console_log(host: &Host, instance: &str) -> PathBuf {
-    host.logs.join(format!("{instance}.console"))
+pub fn console_log(host: &Host, instance: &str) -> ConsoleLog {
+    ConsoleLog { path: host.logs.join(format!("{instance}.console")), max_bytes: CONSOLE_LOG_BYTES }
 }
 
 /// Makes what an instance's boot needs of disks, unless it is there already. Blocks.
@@ -83,10 +79,7 @@ pub fn spec(host: &Host, instance: &Instance) -> Result<Spec, Error> {
         vm,
         jail: host.jailed.then_some(JailSpec { network: Namespace::None, cgroup: true }),
         boot_timer: true,
-        console: Console {
-            log: Some(ConsoleLog { path: console_log(host, &instance.id), max_bytes: CONSOLE_LOG_BYTES }),
-            attachable: true,
-        },
+        console: Console { log: Some(console_log(host, &instance.id)), attachable: true },
         metadata: host.wiring.is_connected().then(|| metadata::document(&host.records.read(), instance)),
     })
 }
@@ -146,23 +139,13 @@ fn vm(host: &Host, instance: &Instance, manifest: &Manifest) -> Result<VmConfig,
             imds_compat: true,
         })?;
     }
-    // The driver chooses the path; it only must not be empty.
-    vm.set_vsock(VsockConfig { vsock_id: None, guest_cid: GUEST_CID, uds_path: "vsock.sock".into() })?;
-    vm.set_entropy(EntropyConfig::default());
+    furnish(&mut vm)?;
     vm.set_balloon(BalloonConfig {
         deflate_on_oom: true,
         stats_polling_interval_s: 10,
         free_page_reporting: true,
         ..Default::default()
     })?;
-    vm.set_serial(SerialConfig {
-        rate_limiter: Some(TokenBucketConfig {
-            size: CONSOLE_BYTES,
-            one_time_burst: None,
-            refill_time: 1000,
-        }),
-        ..Default::default()
-    });
     Ok(vm)
 }
 

@@ -8,9 +8,7 @@ use crate::files::Task;
 use crate::image::{Architecture, Images, Manifest, Root};
 use crate::microvm::Machines;
 use crate::microvm::sim::{self, At, Fault, How, Simulation};
-use crate::model::{
-    Check, Desired, Image, ImageState, Instance, InstanceState, ShutdownBehavior, Volume, id,
-};
+use crate::model::{Check, Desired, Image, ImageState, Instance, InstanceState, ShutdownBehavior, id};
 use crate::records::Records;
 use crate::store::Embedded;
 use crate::volume::Volumes;
@@ -298,8 +296,8 @@ async fn a_daemon_that_is_gone_is_followed_by_one_that_takes_over() {
     assert!(!dir.path().join("volumes/vol-0123456789abcdef0.raw").exists(), "it belonged to nothing");
     second.stop(&runs, StopInstance::default()).await.unwrap();
     reaches(&second, &runs, InstanceState::Stopped).await;
-    let volumes: Vec<Arc<Volume>> = second.host.records.read().volumes.iter().cloned().collect();
-    assert_eq!(volumes.len(), 3);
+    // The record of a disk goes after the state of its instance has changed.
+    until(&second, &gone, |_| second.host.records.read().volumes.len() == 3).await;
 }
 
 #[tokio::test]
@@ -317,4 +315,46 @@ async fn protection_holds_until_it_is_taken_back() {
     assert_eq!(service.modify(&id, &resize).await.unwrap().size.memory_mib, 512);
     service.terminate(&id).await.unwrap();
     reaches(&service, &id, InstanceState::Terminated).await;
+}
+
+#[tokio::test]
+async fn a_machine_that_outlived_its_instance_is_ended() {
+    let (dir, simulation) = (tempfile::tempdir().unwrap(), Simulation::new());
+    let first = daemon(dir.path(), &simulation).await;
+    let id = run_one(&first, serde_json::json!({})).await;
+    first.let_go().await;
+    // As where the host could not end it, or the daemon ended in the middle.
+    let terminated = |instance: &mut Instance| {
+        instance.desired = Desired::Terminated;
+        instance.state = InstanceState::Terminated;
+        Ok::<_, Error>(())
+    };
+    first.host.records.modify(&id, terminated).await.unwrap();
+    drop(first);
+    let second = daemon(dir.path(), &simulation).await;
+    until(&second, &id, |_| simulation.list().is_empty()).await;
+    until(&second, &id, |_| second.host.records.read().volumes.is_empty()).await;
+}
+
+#[tokio::test]
+async fn a_daemon_that_ends_in_the_middle_of_a_stop_does_not_say_it_is_done() {
+    let (dir, simulation) = (tempfile::tempdir().unwrap(), Simulation::new());
+    let first = daemon(dir.path(), &simulation).await;
+    let id = run_one(&first, serde_json::json!({})).await;
+    simulation.inject(Fault::always(At::Stop, How::Hang, &format!("{id}-1")));
+    first.stop(&id, StopInstance::default()).await.unwrap();
+    let machine = first.machine(&id).unwrap();
+    let stopping = async {
+        while !matches!(machine.state(), crate::microvm::State::Stopping) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, stopping).await.unwrap();
+    first.let_go().await;
+    assert_eq!(first.get(&id).unwrap().state, InstanceState::Stopping);
+    assert_eq!(simulation.list(), [format!("{id}-1")], "it runs on");
+    drop((first, machine));
+    let second = daemon(dir.path(), &simulation).await;
+    reaches(&second, &id, InstanceState::Stopped).await;
+    assert!(simulation.list().is_empty());
 }

@@ -75,5 +75,5 @@ pub use jail::{JailError, JailSpec, Network};
 pub use machines::Machines;
 pub use process::Exit;
 pub use request::{Action, RequestError, State, Stop};
-pub use spec::{Console, Host, Spec, SpecError};
+pub use spec::{Console, Host, Spec, SpecError, furnish};
 pub use usage::{DiskUsage, NetworkUsage, Usage};

@@ -2,7 +2,9 @@
 
 use std::path::PathBuf;
 
-use pulau_vmm::config::{ConfigError, VmConfig, check_instance_id};
+use pulau_vmm::config::{
+    ConfigError, EntropyConfig, SerialConfig, TokenBucketConfig, VmConfig, VsockConfig, check_instance_id,
+};
 
 use super::console::ConsoleLog;
 use super::jail::JailSpec;
@@ -42,6 +44,28 @@ pub struct Console {
     pub log: Option<ConsoleLog>,
     /// Whether one client at a time may attach to it, see [`super::MicroVm::attach_console`].
     pub attachable: bool,
+}
+
+/// What a guest may write to its console at once, and each second after that: enough for a chatty boot, too
+/// little to fill a disk unnoticed.
+const CONSOLE_BYTES: u64 = 1 << 20;
+
+/// The host side of vsock is a socket of a microVM's own, so every guest can have the same number.
+const GUEST_CID: u32 = 3;
+
+/// Gives a microVM what all of Pulau's have: a way to the agent, random numbers, and a console that cannot
+/// fill the host's disk.
+///
+/// # Errors
+///
+/// None, for a configuration that has no vsock device yet.
+pub fn furnish(vm: &mut VmConfig) -> Result<(), ConfigError> {
+    // The driver chooses the path; it only must not be empty.
+    vm.set_vsock(VsockConfig { vsock_id: None, guest_cid: GUEST_CID, uds_path: "vsock.sock".into() })?;
+    vm.set_entropy(EntropyConfig::default());
+    let limit = TokenBucketConfig { size: CONSOLE_BYTES, one_time_burst: None, refill_time: 1000 };
+    vm.set_serial(SerialConfig { rate_limiter: Some(limit), ..Default::default() });
+    Ok(())
 }
 
 /// Something in a [`Spec`] cannot be meant.

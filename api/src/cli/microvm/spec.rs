@@ -5,24 +5,16 @@ use std::str::FromStr;
 
 use pulau_agent_protocol::boot::{BootOptions, Overlay};
 use pulau_vmm::config::{
-    BootSourceConfig, CacheType, ConfigError, DriveConfig, EntropyConfig, HugePages, MachineConfig,
-    SerialConfig, TokenBucketConfig, VmConfig, VsockConfig,
+    BootSourceConfig, CacheType, ConfigError, DriveConfig, HugePages, MachineConfig, VmConfig,
 };
 
-use crate::microvm::{JailSpec, Network, Spec};
+use crate::microvm::{JailSpec, Network, Spec, furnish};
 use crate::model::id;
 
 /// The kernel's own part of the command line: a console for messages that matter, an immediate end on a
 /// panic, and no probing for what is not there.
 const BOOT_ARGS: &str =
     "console=ttyS0 quiet reboot=k panic=-1 8250.nr_uarts=1 i8042.noaux i8042.nomux i8042.dumbkbd";
-
-/// What a guest may write to its console at once, and each second after that: enough for a chatty boot, too
-/// little to fill a disk unnoticed.
-const CONSOLE_BYTES: u64 = 1 << 20;
-
-/// The host side of vsock is a socket of this microVM's own, so every guest can have the same number.
-const GUEST_CID: u32 = 3;
 
 #[derive(Debug, clap::Args)]
 pub struct MachineArgs {
@@ -155,18 +147,7 @@ impl MachineArgs {
         for (n, drive) in self.drives.iter().enumerate() {
             vm.set_drive(disk(&format!("drive{}", n + 1), drive, drive.writable.unwrap_or(true)))?;
         }
-        // The driver chooses the path; it only must not be empty.
-        vm.set_vsock(VsockConfig { vsock_id: None, guest_cid: GUEST_CID, uds_path: "vsock.sock".into() })?;
-        vm.set_entropy(EntropyConfig::default());
-        vm.set_serial(SerialConfig {
-            serial_out_path: None,
-            rate_limiter: Some(TokenBucketConfig {
-                size: CONSOLE_BYTES,
-                one_time_burst: None,
-                refill_time: 1000,
-            }),
-            ..SerialConfig::default()
-        });
+        furnish(&mut vm)?;
         let jail = (!self.no_jail).then_some(JailSpec { network: Network::None, cgroup: !self.no_cgroup });
         Ok(Spec { id, vm, jail, boot_timer: true, ..Default::default() })
     }
