@@ -84,6 +84,89 @@ fn the_long_run_rate_is_exact() {
     assert!(taken <= allowed && allowed - taken < 2 * 4093, "{taken} of {allowed}");
 }
 
+/// Numbers that look random and are the same each time (xorshift).
+struct Numbers(u64);
+
+impl Numbers {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % end
+    }
+}
+
+/// Over every span of time between two requests, no more passes than the bucket holds when full, the burst, and
+/// what time brings, to the nanosecond; `most` is the largest request, which may be larger than the bucket.
+fn assert_bounded(passed: &[(Instant, u64)], size: u64, burst: u64, refill: Duration, most: u64, ops: &str) {
+    for (first, (from, _)) in passed.iter().enumerate() {
+        let mut sum = 0;
+        for (to, tokens) in &passed[first..] {
+            sum += u128::from(*tokens);
+            let brought = (*to - *from).as_nanos() * u128::from(size) / refill.as_nanos();
+            let allowed = u128::from(size.max(most)) + u128::from(burst) + brought;
+            assert!(sum <= allowed, "{ops}: {sum} of {allowed} in {:?}", *to - *from);
+        }
+    }
+}
+
+#[test]
+fn never_more_than_burst_and_rate_over_any_span() {
+    let mut numbers = Numbers(0x9e37_79b9_7f4a_7c15);
+    for round in 0..60 {
+        let (size, burst) = (1 + numbers.below(5000), numbers.below(2) * numbers.below(20_000));
+        let refill = Duration::from_nanos(1 + numbers.below(200_000_000));
+        // In a third of the rounds larger than the bucket, and then a debt.
+        let most = if round % 3 == 0 { 3 * size } else { size };
+        let (mut b, mut now) = bucket(size, burst, refill);
+        let mut passed = Vec::new();
+        for _ in 0..300 {
+            let tokens = 1 + numbers.below(most);
+            match b.take(tokens, now) {
+                Ok(()) => passed.push((now, tokens)),
+                // Now and then too early, as when the timer of another bucket reports.
+                Err(wait) if numbers.below(4) == 0 => now += wait / 2,
+                Err(wait) => now += wait,
+            }
+            // Busy mostly, then idle for longer than it takes to fill.
+            if numbers.below(20) == 0 {
+                now += refill * numbers.below(3) as u32 + Duration::from_nanos(numbers.below(1000));
+            }
+        }
+        assert!(passed.len() > 100, "it does pass requests");
+        assert_bounded(&passed, size, burst, refill, most, "tokens");
+    }
+}
+
+#[test]
+fn a_limiter_keeps_both_bounds_over_any_span() {
+    let mut numbers = Numbers(0x2545_f491_4f6c_dd1d);
+    let mut now = Instant::now();
+    let (ops, bytes) =
+        (TokenBucket::new(40, 7, 10 * MS, now), TokenBucket::new(100_000, 30_000, 30 * MS, now));
+    let mut limiter = RateLimiter::new(ops, bytes).unwrap();
+    let mut passed = Vec::new();
+    while passed.len() < 2000 {
+        let len = 512 + numbers.below(40_000) / (1 + numbers.below(60));
+        if limiter.admit_at(len, now) {
+            passed.push((now, len));
+        }
+        // Whoever asks too often gets no more.
+        limiter.unblock();
+        now += Duration::from_nanos(numbers.below(400_000));
+    }
+    let operations: Vec<_> = passed.iter().map(|(at, _)| (*at, 1)).collect();
+    assert_bounded(&operations, 40, 7, 10 * MS, 1, "operations");
+    assert_bounded(&passed, 100_000, 30_000, 30 * MS, 41_000, "bytes");
+    // And what the scarcer one allows does pass.
+    let (first, last) = (passed[0].0, passed[passed.len() - 1].0);
+    let all: u64 = passed.iter().map(|(_, len)| len).sum();
+    let brought = (last - first).as_nanos() * 100_000 / (30 * MS).as_nanos();
+    let used = u128::from(all) * 10 >= brought * 8
+        || 2000 * 10 >= (last - first).as_nanos() * 40 / (10 * MS).as_nanos() * 8;
+    assert!(used, "{all} bytes of {brought}");
+}
+
 #[test]
 fn extremes_do_not_overflow() {
     let (mut b, t) = bucket(u64::MAX, u64::MAX, Duration::from_millis(u64::MAX));

@@ -64,6 +64,34 @@ fn overhead_mib(machine: &MachineConfig) -> u64 {
 pub struct Jail<'a> {
     home: &'a Home,
     binds: Vec<Bind>,
+    names: Names,
+}
+
+/// What the files in a jail are called outside: each path as the VMM sees it, and as it was given.
+#[derive(Default)]
+pub struct Names(Vec<(PathBuf, PathBuf)>);
+
+impl Names {
+    /// A message of the VMM's, with its paths as whoever started it knows them.
+    pub fn outside(&self, message: &str) -> String {
+        let belongs = |c: char| c.is_ascii_alphanumeric() || "_-/".contains(c);
+        let found = |at: usize| {
+            self.0.iter().find_map(|(inside, outside)| {
+                let rest = message[at..].strip_prefix(inside.to_str()?)?;
+                let whole = !message[..at].ends_with(belongs) && !rest.starts_with(belongs);
+                whole.then_some((outside, message.len() - rest.len()))
+            })
+        };
+        let (mut text, mut done) = (String::new(), 0);
+        for (at, _) in message.match_indices('/') {
+            if let Some((outside, end)) = (at >= done).then(|| found(at)).flatten() {
+                text += &message[done..at];
+                text += &outside.to_string_lossy();
+                done = end;
+            }
+        }
+        text + &message[done..]
+    }
 }
 
 struct Bind {
@@ -74,7 +102,7 @@ struct Bind {
 
 impl<'a> Jail<'a> {
     pub fn new(home: &'a Home) -> Self {
-        Jail { home, binds: Vec::new() }
+        Jail { home, binds: Vec::new(), names: Names::default() }
     }
 
     /// The configuration as the VMM must read it: every file put in place, and its path the VMM's view.
@@ -147,7 +175,14 @@ impl<'a> Jail<'a> {
                 read_only: !writable,
             });
         }
-        Ok(Path::new("/").join(name))
+        let inside = Path::new("/").join(name);
+        self.names.0.push((inside.clone(), path.to_owned()));
+        Ok(inside)
+    }
+
+    /// What the files placed so far are called outside.
+    pub fn names(&mut self) -> Names {
+        std::mem::take(&mut self.names)
     }
 
     /// Has the VMM enter the jail, if there is to be one.
@@ -297,9 +332,15 @@ mod tests {
             fs::set_permissions(file, fs::Permissions::from_mode(0o644)).unwrap();
         }
         let home = Home::create(&dir.path().join("run"), "a", true).unwrap();
-        let placed = Jail::new(&home).place(&config(&kernel, &drive, false)).unwrap();
+        let mut jail = Jail::new(&home);
+        let placed = jail.place(&config(&kernel, &drive, false)).unwrap();
         assert_eq!(placed.boot_source.unwrap().kernel_image_path, Path::new("/kernel"));
         assert_eq!(placed.drives[0].path_on_host.as_deref(), Some(Path::new("/drive-data")));
+        let names = std::mem::take(&mut jail.names);
+        let said = "drives: drive data: /drive-data is no disk, /drive-data2 and /x/drive-data and /kernel are others";
+        let outside = said.replacen("/drive-data", drive.to_str().unwrap(), 1);
+        let outside = outside.replace(" /kernel", &format!(" {}", kernel.display()));
+        assert_eq!(names.outside(said), outside);
         let inside = |name: &str| fs::metadata(home.root().join(name)).unwrap();
         assert_eq!(inside("kernel").ino(), fs::metadata(&kernel).unwrap().ino());
         assert_eq!(inside("kernel").uid(), 0, "what is only read keeps its owner");

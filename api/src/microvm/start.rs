@@ -41,6 +41,7 @@ pub(super) async fn start(
     if spec.console.attachable {
         config.serial.get_or_insert_default().socket_path = Some(jail.socket("console.sock"));
     }
+    let names = jail.names();
     let mut command = command(host, spec, home, &jail)?;
     jail.enter(host, spec, &mut command)?;
     let api_socket = home.socket("api.sock");
@@ -74,6 +75,9 @@ pub(super) async fn start(
             Ok(exit) => return Err(StartError::Died(exit)),
             Err(_) => return Err(error.into()),
         },
+        Err(ApiError::Refused { status, message }) => {
+            return Err(ApiError::Refused { status, message: names.outside(&message) }.into());
+        }
         Err(error) => return Err(error.into()),
     }
     Ok(())
