@@ -20,13 +20,22 @@ pub enum FindError {
 ///
 /// [`FindError`], which says where it was looked for.
 pub fn vmm() -> Result<PathBuf, FindError> {
+    look("pulau-vmm", "PULAU_VMM")
+}
+
+/// The guest's agent: what `PULAU_AGENT` names, else `pulau-agent` beside this program, else in `PATH`.
+///
+/// # Errors
+///
+/// [`FindError`], which says where it was looked for.
+pub fn agent() -> Result<PathBuf, FindError> {
+    look("pulau-agent", "PULAU_AGENT")
+}
+
+fn look(name: &'static str, variable: &'static str) -> Result<PathBuf, FindError> {
     let own = env::current_exe().ok();
-    find(
-        "pulau-vmm",
-        ("PULAU_VMM", env::var_os("PULAU_VMM").as_deref()),
-        own.as_deref().and_then(Path::parent),
-        env::var_os("PATH").as_deref(),
-    )
+    let beside = own.as_deref().and_then(Path::parent);
+    find(name, (variable, env::var_os(variable).as_deref()), beside, env::var_os("PATH").as_deref())
 }
 
 fn find(

@@ -40,6 +40,8 @@ pub struct Config {
     pub listen: Option<SocketAddr>,
     pub limits: Limits,
     pub machines: Machines,
+    /// `pulau-agent`, for images made of container images.
+    pub agent: Option<PathBuf>,
     /// Whether instances get a network.
     pub connected: bool,
     pub jailed: bool,
@@ -111,6 +113,7 @@ async fn start(config: &Config) -> anyhow::Result<Service> {
         wiring,
         images: Images::open(data_dir, image::Limits::default(), DISK_RESERVE)?,
         volumes: Volumes::open(data_dir, DISK_RESERVE)?,
+        agent: config.agent.clone(),
         limits: Arc::new(config.limits.clone()),
         logs,
         jailed: config.jailed,

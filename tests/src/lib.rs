@@ -11,6 +11,7 @@ use std::time::Duration;
 
 pub mod api;
 pub mod child;
+pub mod container;
 pub mod daemon;
 pub mod footprint;
 pub mod guest;

@@ -1,52 +1,17 @@
 //! Images as guests see them: a container image boots, and so does what an instance of it has become.
 
-use std::fs::File;
 use std::path::Path;
 use std::time::Instant;
 
 use pulau::files::Task;
-use pulau::image::{Digest, Images, Limits, Manifest, OciImport, OciSource, Root};
+use pulau::image::{Images, Limits, Manifest, OciImport, OciSource, Root};
 use pulau::volume::{Content, Volumes};
 use pulau_agent_protocol::message::{CopyIn, ExecRequest, ExitStatus, Shutdown, ShutdownAction};
+use pulau_tests::container::{ContainerImage, PROGRAM};
 use pulau_tests::vmm::{BOOT_ARGS, Vmm, drive};
 use pulau_tests::{artifact, program};
 use pulau_vmm::exit::ExitCode;
 use serde_json::json;
-
-/// An archive as of `docker save`, of one layer with one program that needs nothing else.
-fn saved_image(path: &Path) {
-    let mut layer = tar::Builder::new(Vec::new());
-    layer.sparse(false); // Container images have no sparse entries.
-    let mut directory = tar::Header::new_ustar();
-    directory.set_entry_type(tar::EntryType::Directory);
-    directory.set_size(0);
-    for (name, mode) in [("etc/", 0o755), ("usr/bin/", 0o755), ("usr/sbin/", 0o755)] {
-        directory.set_mode(mode);
-        layer.append_data(&mut directory, name, std::io::empty()).unwrap();
-    }
-    let mut link = tar::Header::new_ustar();
-    link.set_entry_type(tar::EntryType::Symlink);
-    link.set_size(0);
-    layer.append_link(&mut link, "sbin", "usr/sbin").unwrap();
-    layer.append_path_with_name(program("pulau-vmm"), "usr/bin/program").unwrap();
-    let layer = layer.into_inner().unwrap();
-    let config = json!({
-        "architecture": "amd64", "os": "linux", "rootfs": { "type": "layers", "diff_ids": [Digest::of(&layer)] },
-    });
-    let manifest = json!([{ "Config": "config.json", "Layers": ["layer.tar"] }]);
-    let mut archive = tar::Builder::new(File::create(path).unwrap());
-    for (name, bytes) in [
-        ("layer.tar", layer),
-        ("config.json", config.to_string().into_bytes()),
-        ("manifest.json", manifest.to_string().into_bytes()),
-    ] {
-        let mut header = tar::Header::new_ustar();
-        header.set_size(bytes.len() as u64);
-        header.set_mode(0o644);
-        archive.append_data(&mut header, name, &bytes[..]).unwrap();
-    }
-    archive.finish().unwrap();
-}
 
 /// Boots an image with a layer.
 fn boot(images: &Images, manifest: &Manifest, layer: &Path) -> Vmm {
@@ -61,7 +26,7 @@ fn boot(images: &Images, manifest: &Manifest, layer: &Path) -> Vmm {
     vmm.put("/vsock", json!({"guest_cid": 3, "uds_path": vmm.path("vsock")})).ok();
     vmm.boot();
     assert_eq!(vmm.agent().health().unwrap().problems, [""; 0]);
-    let argv = vec!["/usr/bin/program".into(), "--version".into()];
+    let argv = vec![PROGRAM.into(), "--version".into()];
     let output = vmm.agent().output(&ExecRequest { argv, ..Default::default() }, b"").unwrap();
     assert_eq!(output.status, ExitStatus::Code(0));
     assert!(output.stdout.starts_with(b"pulau-vmm"), "{output:?}");
@@ -83,7 +48,7 @@ fn a_container_image_boots_and_so_does_an_image_of_its_instance() {
     let (images, volumes) =
         (Images::open(dir.path(), Limits::default(), 0).unwrap(), Volumes::open(dir.path(), 0).unwrap());
     let task = Task::quiet();
-    saved_image(&dir.path().join("image.tar"));
+    ContainerImage::new().save(&dir.path().join("image.tar"));
     let import = OciImport {
         source: OciSource::Local { path: dir.path().join("image.tar"), tag: None },
         agent: program("pulau-agent"),
@@ -106,7 +71,8 @@ fn a_container_image_boots_and_so_does_an_image_of_its_instance() {
     end(vmm);
 
     // An image of that instance, in a larger layer.
-    let frozen = block_on(images.freeze(manifest, volumes.path("a").unwrap(), &task)).unwrap();
+    let copy = block_on(images.copy_disk(volumes.path("a").unwrap(), &task)).unwrap();
+    let frozen = block_on(images.freeze(manifest, copy, &task)).unwrap();
     let Root::Erofs { layer: Some(layer), .. } = &frozen.root else { panic!("{:?}", frozen.root) };
     let layer = images.blobs().path(&layer.digest);
     volumes.create("c", Content::Layer(&layer), 2 * SIZE, &task).unwrap();

@@ -16,11 +16,14 @@ mod instance;
 mod key_pair;
 mod microvm;
 mod network;
+mod progress;
 mod resource;
 mod security_group;
 mod serve;
+mod snapshot;
 mod table;
 mod token;
+mod volume;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -41,6 +44,8 @@ enum Command {
     Serve(serve::Args),
     Instance(instance::Args),
     Image(image::Args),
+    Volume(volume::Args),
+    Snapshot(snapshot::Args),
     KeyPair(key_pair::Args),
     Network(network::Args),
     SecurityGroup(security_group::Args),
@@ -64,6 +69,8 @@ pub fn main() -> ExitCode {
         Command::Serve(args) => serve::run(&args),
         Command::Instance(args) => instance::run(&args),
         Command::Image(args) => image::run(&args),
+        Command::Volume(args) => volume::run(&args),
+        Command::Snapshot(args) => snapshot::run(&args),
         Command::KeyPair(args) => key_pair::run(&args),
         Command::Network(args) => network::run(&args),
         Command::SecurityGroup(args) => security_group::run(&args),

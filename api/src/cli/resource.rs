@@ -16,6 +16,41 @@ pub async fn list(client: &Client, path: &str, columns: &Columns, json: bool) ->
     if json { print_json(&json!({ "items": items })) } else { print(&rows(&items, columns)) }
 }
 
+/// All there are at `path` that fit a filter, from all its pages.
+pub async fn all(client: &Client, path: &str, filter: Option<&str>) -> anyhow::Result<Vec<Value>> {
+    let filter = filter.map(|filter| format!("&filter={}", escape(filter))).unwrap_or_default();
+    let (mut all, mut next) = (Vec::new(), String::new());
+    loop {
+        let page: Value = client.get(&format!("{path}?next_token={next}{filter}")).await?;
+        all.extend(page["items"].as_array().cloned().unwrap_or_default());
+        match page["next_token"].as_str() {
+            Some(token) => next = escape(token),
+            None => return Ok(all),
+        }
+    }
+}
+
+/// A tag of the command line: `KEY=VALUE`.
+#[derive(Clone, Debug)]
+pub struct Tag(String, String);
+
+impl std::str::FromStr for Tag {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.split_once('=') {
+            Some((key, value)) if !key.is_empty() => Ok(Tag(key.to_owned(), value.to_owned())),
+            _ => Err("expected KEY=VALUE"),
+        }
+    }
+}
+
+impl From<Tag> for (String, String) {
+    fn from(tag: Tag) -> Self {
+        (tag.0, tag.1)
+    }
+}
+
 /// Prints one thing: as JSON, or as a table of one row.
 pub fn show(item: &Value, columns: &Columns, json: bool) -> anyhow::Result<()> {
     if json { print_json(item) } else { print(&rows(std::slice::from_ref(item), columns)) }

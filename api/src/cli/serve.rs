@@ -94,6 +94,8 @@ fn config(args: &Args) -> anyhow::Result<Config> {
             ..Limits::default()
         },
         machines,
+        // Without it everything works but the import of container images, which says so.
+        agent: programs::agent().ok(),
         connected: !args.no_network && !args.simulate,
         jailed: !args.no_jail && !args.simulate,
     })

@@ -34,6 +34,12 @@ pub fn cell(object: &Value, pointer: &str) -> String {
     }
 }
 
+/// A number of bytes for people, in GiB.
+pub fn gib(bytes: u64) -> String {
+    let gib = bytes as f64 / f64::from(1 << 30);
+    if gib.fract() == 0.0 { format!("{gib} GiB") } else { format!("{gib:.2} GiB") }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use super::FileError;
 
@@ -12,7 +13,7 @@ use super::FileError;
 const NOTICE: Duration = Duration::from_millis(100);
 
 /// What is being done.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
     /// Bytes come over the network.
@@ -30,7 +31,7 @@ pub enum Phase {
 }
 
 /// How far a task is. `total` is None where it cannot be known beforehand.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Progress {
     pub phase: Phase,
     /// Bytes.

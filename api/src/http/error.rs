@@ -9,12 +9,10 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use crate::image::ImageError;
-use crate::instances::Error;
+use crate::instances::{Error, failure};
 use crate::microvm::RequestError;
 use crate::model::Kind;
 use crate::store::StoreError;
-use crate::volume::VolumeError;
 
 /// The body of every answer that is no success.
 #[derive(Clone, Debug, Serialize, ToSchema)]
@@ -102,15 +100,15 @@ fn classify(error: &Error) -> (StatusCode, &'static str) {
         Error::NoAddress { .. } => (StatusCode::INSUFFICIENT_STORAGE, "InsufficientFreeAddressesInSubnet"),
         Error::TokenReused(_) => (StatusCode::CONFLICT, "IdempotentParameterMismatch"),
         Error::DryRun => (StatusCode::PRECONDITION_FAILED, "DryRunOperation"),
-        Error::Protected(_) => (StatusCode::CONFLICT, "OperationNotPermitted"),
+        Error::Protected(_) | Error::NotPermitted(_) => (StatusCode::CONFLICT, "OperationNotPermitted"),
+        Error::AttachmentLimit { .. } => (StatusCode::CONFLICT, "AttachmentLimitExceeded"),
         Error::Guest { .. } => (StatusCode::BAD_GATEWAY, "GuestUnavailable"),
         Error::Timeout(_) => (StatusCode::GATEWAY_TIMEOUT, "RequestTimeout"),
         Error::Machine(RequestError::Busy) => (StatusCode::TOO_MANY_REQUESTS, "RequestLimitExceeded"),
         Error::Machine(RequestError::NotRunning) => (StatusCode::CONFLICT, "IncorrectInstanceState"),
         Error::Machine(_) => (StatusCode::BAD_GATEWAY, "MachineUnavailable"),
-        Error::Image(error) => of_image(error),
-        Error::Volume(error) => of_volume(error),
-        Error::File(_) | Error::Network(_) => (StatusCode::INTERNAL_SERVER_ERROR, "InternalError"),
+        Error::Image(_) | Error::Volume(_) | Error::File(_) => of_files(failure::of(error)),
+        Error::Network(_) => (StatusCode::INTERNAL_SERVER_ERROR, "InternalError"),
         Error::Store(StoreError::Conflict) => (StatusCode::CONFLICT, "ConcurrentModification"),
         Error::Store(_) => (StatusCode::SERVICE_UNAVAILABLE, "Unavailable"),
         Error::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, "InternalError"),
@@ -125,6 +123,7 @@ fn not_found(kind: Kind) -> &'static str {
         Kind::KeyPair => "InvalidKeyPair.NotFound",
         Kind::Network => "InvalidNetworkID.NotFound",
         Kind::SecurityGroup => "InvalidGroup.NotFound",
+        Kind::Snapshot => "InvalidSnapshot.NotFound",
         Kind::Token => "InvalidToken.NotFound",
         Kind::Volume => "InvalidVolume.NotFound",
     }
@@ -137,7 +136,7 @@ fn exists(kind: Kind) -> &'static str {
         Kind::Network => "InvalidNetworkName.Duplicate",
         Kind::SecurityGroup => "InvalidGroup.Duplicate",
         Kind::Token => "InvalidToken.Duplicate",
-        Kind::Instance | Kind::InstanceType | Kind::Volume => "Duplicate",
+        Kind::Instance | Kind::InstanceType | Kind::Snapshot | Kind::Volume => "Duplicate",
     }
 }
 
@@ -145,22 +144,22 @@ fn in_use(kind: Kind) -> &'static str {
     match kind {
         Kind::Image => "InvalidImage.InUse",
         Kind::SecurityGroup => "InvalidGroup.InUse",
+        Kind::Snapshot => "InvalidSnapshot.InUse",
         Kind::Volume => "VolumeInUse",
         _ => "DependencyViolation",
     }
 }
 
-fn of_image(error: &ImageError) -> (StatusCode, &'static str) {
-    match error {
-        ImageError::File(_) => (StatusCode::INTERNAL_SERVER_ERROR, "InternalError"),
-        _ => (StatusCode::BAD_REQUEST, "InvalidImage"),
-    }
-}
-
-fn of_volume(error: &VolumeError) -> (StatusCode, &'static str) {
-    match error {
-        VolumeError::NotFound { .. } => (StatusCode::NOT_FOUND, not_found(Kind::Volume)),
-        VolumeError::Shrink { .. } => (StatusCode::BAD_REQUEST, "InvalidParameterValue"),
-        _ => (StatusCode::INTERNAL_SERVER_ERROR, "InternalError"),
-    }
+/// Of work on files: the codes are those that records of failed work have, too.
+fn of_files((by, code): failure::Failure) -> (StatusCode, &'static str) {
+    let status = match (code, by) {
+        ("InvalidVolume.NotFound" | "InvalidImageReference.NotFound", _) => StatusCode::NOT_FOUND,
+        ("RegistryAccessDenied", _) => StatusCode::FORBIDDEN,
+        ("RegistryUnavailable", _) => StatusCode::BAD_GATEWAY,
+        ("InsufficientStorageCapacity", _) => StatusCode::INSUFFICIENT_STORAGE,
+        ("Cancelled", _) => StatusCode::CONFLICT,
+        (_, failure::By::Client) => StatusCode::BAD_REQUEST,
+        (_, failure::By::Server) => StatusCode::INTERNAL_SERVER_ERROR,
+    };
+    (status, code)
 }

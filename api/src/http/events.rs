@@ -1,4 +1,5 @@
-//! What happens, as server-sent events: every change of an instance's or image's state.
+//! What happens, as server-sent events: every change of the state of an instance, image, volume or snapshot, and
+//! the progress of those that are being made.
 //!
 //! The last events are kept, so that a client that comes back with `Last-Event-ID` misses none. One that comes
 //! back too late, or takes events more slowly than they happen, gets an event `lost`: it has to look at
@@ -19,19 +20,20 @@ use utoipa::ToSchema;
 
 use super::Api;
 use super::error::{ErrorBody, Refusal};
-use crate::model::{Kind, StateReason};
+use crate::files::Progress;
+use crate::model::{Image, Instance, Kind, Snapshot, StateReason, Volume};
 use crate::records::{AnyRecord, RecordChange};
 use crate::store::Revision;
 
 /// Events kept for clients that come back.
 const KEPT: usize = 4096;
 
-/// A change of state.
+/// A change of state, or progress on the way to one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
 pub struct Event {
     /// Of the store; grows with every change.
     pub revision: Revision,
-    /// `instance` or `image`.
+    /// `instance`, `image`, `volume` or `snapshot`.
     #[schema(value_type = String)]
     pub kind: Kind,
     /// Of what has changed.
@@ -45,6 +47,9 @@ pub struct Event {
     /// Why, if somebody or something made it so.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<StateReason>,
+    /// How far it is with becoming what it is to be.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub progress: Option<Progress>,
     /// Number among the events of this revision.
     #[serde(skip)]
     index: u32,
@@ -55,38 +60,69 @@ impl Event {
         (self.revision, self.index)
     }
 
-    /// The change of state in a change of a record, if there is one.
+    /// The change of state or progress in a change of a record, if there is one.
     fn of(change: &RecordChange) -> Option<Self> {
-        let (kind, old_state, state, reason) = match &change.record {
+        let (kind, old, new) = match &change.record {
             AnyRecord::Instance { old, new } => {
-                let name = |record: &Arc<crate::model::Instance>| record.state.name().to_owned();
-                let reason = new.as_ref().and_then(|new| new.state_reason.clone());
-                (Kind::Instance, old.as_ref().map(name), new.as_ref().map(name), reason)
+                (Kind::Instance, old.as_deref().map(instance), new.as_deref().map(instance))
             }
             AnyRecord::Image { old, new } => {
-                let name = |record: &Arc<crate::model::Image>| record.state.name().to_owned();
-                let failed = new.as_ref().and_then(|new| new.state_reason.clone());
-                let reason =
-                    failed.map(|message| StateReason { code: "Server.ImportFailed".into(), message });
-                (Kind::Image, old.as_ref().map(name), new.as_ref().map(name), reason)
+                (Kind::Image, old.as_deref().map(image), new.as_deref().map(image))
+            }
+            AnyRecord::Volume { old, new } => {
+                (Kind::Volume, old.as_deref().map(volume), new.as_deref().map(volume))
+            }
+            AnyRecord::Snapshot { old, new } => {
+                (Kind::Snapshot, old.as_deref().map(snapshot), new.as_deref().map(snapshot))
             }
             _ => return None,
         };
-        (old_state != state).then(|| Event {
+        let state = |look: &Option<Look>| look.as_ref().map(|look| look.state.to_owned());
+        let before = old.as_ref().and_then(|look| look.progress);
+        let progress = new.as_ref().and_then(|look| look.progress).filter(|now| before != Some(*now));
+        let event = Event {
             revision: change.revision,
             kind,
             id: change.id.clone(),
-            old_state,
-            state,
-            reason,
+            old_state: state(&old),
+            state: state(&new),
+            reason: new.and_then(|look| look.reason),
+            progress,
             index: 0,
-        })
+        };
+        (event.old_state != event.state || event.progress.is_some()).then_some(event)
     }
 
     fn message(&self) -> Message {
+        let name = if self.old_state == self.state { "progress" } else { "state" };
         let data = serde_json::to_string(self).unwrap_or_default();
-        Message::default().event("state").id(format!("{}-{}", self.revision, self.index)).data(data)
+        Message::default().event(name).id(format!("{}-{}", self.revision, self.index)).data(data)
     }
+}
+
+/// What of a record events are about.
+struct Look {
+    state: &'static str,
+    reason: Option<StateReason>,
+    progress: Option<Progress>,
+}
+
+fn instance(of: &Instance) -> Look {
+    Look { state: of.state.name(), reason: of.state_reason.clone(), progress: None }
+}
+
+fn image(of: &Image) -> Look {
+    let code = of.state_code.clone().unwrap_or_else(|| "Server.ImportFailed".into());
+    let reason = of.state_reason.clone().map(|message| StateReason { code, message });
+    Look { state: of.state.name(), reason, progress: of.progress }
+}
+
+fn volume(of: &Volume) -> Look {
+    Look { state: of.state.name(), reason: of.state_reason.clone(), progress: of.progress }
+}
+
+fn snapshot(of: &Snapshot) -> Look {
+    Look { state: of.state.name(), reason: of.state_reason.clone(), progress: of.progress }
 }
 
 /// Tells a client that it has missed something.
@@ -171,10 +207,10 @@ impl Events {
     }
 }
 
-/// Follow what happens: a stream of server-sent events, one for every change of the state of an instance or
-/// image.
+/// Follow what happens: a stream of server-sent events, one for every change of the state of an instance, image,
+/// volume or snapshot.
 ///
-/// `event: state` has an `Event` as data. A client that sends the id of the last event it has seen as
+/// `event: state` has an `Event` as data; so has `event: progress`, whose state is the same as before. A client that sends the id of the last event it has seen as
 /// `Last-Event-ID` gets those it has missed first; `event: lost` says that they are no longer kept.
 #[utoipa::path(get, path = "/v1/events", tag = "host",
     params(("Last-Event-ID" = Option<String>, Header, description = "Id of the last event seen: `REVISION` or `REVISION-NUMBER`.")),
@@ -212,7 +248,7 @@ fn place(id: &str) -> Option<(Revision, u32)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Image, ImageState};
+    use crate::model::ImageState;
 
     fn change(revision: Revision, old: Option<ImageState>, new: Option<ImageState>) -> RecordChange {
         let image = |state| {

@@ -12,7 +12,7 @@ use utoipa::{IntoParams, ToSchema};
 
 use super::error::{ErrorBody, Refusal};
 use super::extract::{Body, Path, Query};
-use super::list::{ListInstances, page};
+use super::list::ListInstances;
 use super::{Api, List};
 use crate::instances::{Error, ModifyInstance, RunInstances, StopInstance};
 use crate::microvm::Usage;
@@ -34,7 +34,7 @@ pub async fn list(
     State(api): State<Arc<Api>>,
     Query(query): Query<ListInstances>,
 ) -> Result<Json<List<Instance>>, Refusal> {
-    Ok(Json(page(&query, api.instances.host().records.read().instances.iter())?))
+    Ok(Json(query.page(api.instances.host().records.read().instances.iter())?))
 }
 
 /// Run instances: all that were asked for at least, or none.
@@ -69,7 +69,7 @@ pub async fn modify(
     Ok(Json(api.instances.modify(&id, &request).await?))
 }
 
-/// Terminate an instance: end it for good, with its root disk.
+/// Terminate an instance: end it for good, with its root disk and the volumes that are to go with it.
 #[utoipa::path(delete, path = "/v1/instances/{id}", tag = "instances", params(("id" = String, Path, description = "Id of the instance.")),
     responses((status = 202, description = "The instance.", body = Instance), (status = "default", description = "Refused.", body = ErrorBody)))]
 pub async fn terminate(

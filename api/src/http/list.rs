@@ -1,12 +1,13 @@
 //! Lists: what fits, a page at a time.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use super::error::Refusal;
-use crate::model::Instance;
+use crate::model::{Instance, Snapshot, Volume};
 
 /// Most things on a page.
 const PAGE: usize = 1000;
@@ -14,7 +15,7 @@ const PAGE: usize = 1000;
 /// Things, and where to go on.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct List<T> {
-    pub items: Vec<std::sync::Arc<T>>,
+    pub items: Vec<Arc<T>>,
     /// There are more: ask again with `next_token` set to this.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub next_token: Option<String>,
@@ -22,34 +23,153 @@ pub struct List<T> {
 
 impl<T> List<T> {
     /// All there are, on one page.
-    pub fn all(items: Vec<std::sync::Arc<T>>) -> Self {
+    pub fn all(items: Vec<Arc<T>>) -> Self {
         List { items, next_token: None }
     }
 }
 
-/// Which instances, and how many at a time.
-#[derive(Clone, Debug, Default, Deserialize, IntoParams)]
-#[serde(deny_unknown_fields)]
-#[into_params(parameter_in = Query)]
-pub struct ListInstances {
-    /// `NAME=VALUE,NAME=VALUE`: all must fit. Names are `id`, `state`, `image`, `type`, `network`, `key`, `group`,
-    /// `address`, `hostname` and `tag:KEY`; `|` stands between several values, `*` for anything within one.
-    #[serde(default)]
-    pub filter: Option<String>,
-    /// 1 to 1000; 1000 if absent.
-    #[serde(default)]
-    #[param(minimum = 1, maximum = 1000)]
-    pub max_results: Option<usize>,
-    /// From the page before.
-    #[serde(default)]
-    pub next_token: Option<String>,
+/// Declares the parameters of a list, which differ in what they say of the filter.
+macro_rules! parameters {
+    ($($(#[$about:meta])* $Name:ident: $(#[$filter:meta])*;)*) => {$(
+        $(#[$about])*
+        #[derive(Clone, Debug, Default, Deserialize, IntoParams)]
+        #[serde(deny_unknown_fields)]
+        #[into_params(parameter_in = Query)]
+        pub struct $Name {
+            $(#[$filter])*
+            #[serde(default)]
+            pub filter: Option<String>,
+            /// 1 to 1000; 1000 if absent.
+            #[serde(default)]
+            #[param(minimum = 1, maximum = 1000)]
+            pub max_results: Option<usize>,
+            /// From the page before.
+            #[serde(default)]
+            pub next_token: Option<String>,
+        }
+
+        impl $Name {
+            /// One page of things in order of their ids.
+            ///
+            /// # Errors
+            ///
+            /// The parameters cannot be understood.
+            pub fn page<'a, T: Listed + 'a>(&self, all: impl Iterator<Item = &'a Arc<T>>) -> Result<List<T>, Refusal> {
+                page(self.filter.as_deref(), self.max_results, self.next_token.as_deref(), all)
+            }
+        }
+    )*};
+}
+
+parameters! {
+    /// Which instances, and how many at a time.
+    ListInstances:
+        /// `NAME=VALUE,NAME=VALUE`: all must fit. Names are `id`, `state`, `image`, `type`, `network`, `key`, `group`,
+        /// `address`, `hostname` and `tag:KEY`; `|` stands between several values, `*` for anything within one.
+        ;
+    /// Which volumes, and how many at a time.
+    ListVolumes:
+        /// `NAME=VALUE,NAME=VALUE`: all must fit. Names are `id`, `state`, `instance`, `snapshot` and `tag:KEY`; `|`
+        /// stands between several values, `*` for anything within one.
+        ;
+    /// Which snapshots, and how many at a time.
+    ListSnapshots:
+        /// `NAME=VALUE,NAME=VALUE`: all must fit. Names are `id`, `state`, `volume` and `tag:KEY`; `|` stands between
+        /// several values, `*` for anything within one.
+        ;
+}
+
+/// Something there can be many of.
+pub trait Listed {
+    /// What it can be looked for by, besides its tags.
+    const NAMES: &'static [&'static str];
+
+    fn id(&self) -> &str;
+
+    fn tags(&self) -> &BTreeMap<String, String>;
+
+    /// Whether a value it has under one of the names fits.
+    fn has(&self, name: &str, fits: &dyn Fn(&str) -> bool) -> bool;
+}
+
+impl Listed for Instance {
+    const NAMES: &'static [&'static str] =
+        &["id", "state", "image", "type", "network", "key", "group", "address", "hostname"];
+
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn tags(&self) -> &BTreeMap<String, String> {
+        &self.tags
+    }
+
+    fn has(&self, name: &str, fits: &dyn Fn(&str) -> bool) -> bool {
+        match name {
+            "id" => fits(&self.id),
+            "state" => fits(self.state.name()),
+            "image" => fits(&self.image_id),
+            "type" => fits(&self.instance_type),
+            "network" => fits(&self.interface.network_id),
+            "key" => self.key_name.as_deref().is_some_and(fits),
+            "group" => self.security_groups.iter().any(|group| fits(group)),
+            "address" => fits(&self.interface.private_address.to_string()),
+            "hostname" => fits(&self.hostname),
+            _ => false,
+        }
+    }
+}
+
+impl Listed for Volume {
+    const NAMES: &'static [&'static str] = &["id", "state", "instance", "snapshot"];
+
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn tags(&self) -> &BTreeMap<String, String> {
+        &self.tags
+    }
+
+    fn has(&self, name: &str, fits: &dyn Fn(&str) -> bool) -> bool {
+        match name {
+            "id" => fits(&self.id),
+            "state" => fits(self.state.name()),
+            "instance" => self.attachment.as_ref().is_some_and(|attachment| fits(&attachment.instance_id)),
+            "snapshot" => self.snapshot_id.as_deref().is_some_and(fits),
+            _ => false,
+        }
+    }
+}
+
+impl Listed for Snapshot {
+    const NAMES: &'static [&'static str] = &["id", "state", "volume"];
+
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn tags(&self) -> &BTreeMap<String, String> {
+        &self.tags
+    }
+
+    fn has(&self, name: &str, fits: &dyn Fn(&str) -> bool) -> bool {
+        match name {
+            "id" => fits(&self.id),
+            "state" => fits(self.state.name()),
+            "volume" => fits(&self.volume_id),
+            _ => false,
+        }
+    }
 }
 
 /// A filter, understood.
 #[derive(Debug, Default)]
 pub struct Filter(BTreeMap<String, Vec<String>>);
 
-const NAMES: [&str; 9] = ["id", "state", "image", "type", "network", "key", "group", "address", "hostname"];
+fn invalid(message: String) -> Refusal {
+    Refusal::new(axum::http::StatusCode::BAD_REQUEST, "InvalidParameterValue", message)
+}
 
 impl Filter {
     /// Understands `NAME=VALUE,…`.
@@ -57,41 +177,27 @@ impl Filter {
     /// # Errors
     ///
     /// A name there is none of, or no `=`.
-    pub fn parse(text: &str) -> Result<Self, Refusal> {
+    pub fn parse<T: Listed>(text: &str) -> Result<Self, Refusal> {
         let mut filter = Filter::default();
         for part in text.split(',').filter(|part| !part.is_empty()) {
             let (name, values) = part.split_once('=').unwrap_or((part, ""));
-            if !part.contains('=') || !(NAMES.contains(&name) || name.starts_with("tag:")) {
-                let message =
-                    format!("filter: {part:?} is not NAME=VALUE; names are {} and tag:KEY", NAMES.join(", "));
-                return Err(Refusal::new(
-                    axum::http::StatusCode::BAD_REQUEST,
-                    "InvalidParameterValue",
-                    message,
-                ));
+            if !part.contains('=') || !(T::NAMES.contains(&name) || name.starts_with("tag:")) {
+                let names = T::NAMES.join(", ");
+                return Err(invalid(format!(
+                    "filter: {part:?} is not NAME=VALUE; names are {names} and tag:KEY"
+                )));
             }
             filter.0.insert(name.to_owned(), values.split('|').map(str::to_owned).collect());
         }
         Ok(filter)
     }
 
-    pub fn fits(&self, instance: &Instance) -> bool {
+    pub fn fits<T: Listed>(&self, item: &T) -> bool {
         self.0.iter().all(|(name, patterns)| {
             let any = |value: &str| patterns.iter().any(|pattern| matches(pattern, value));
-            match name.as_str() {
-                "id" => any(&instance.id),
-                "state" => any(instance.state.name()),
-                "image" => any(&instance.image_id),
-                "type" => any(&instance.instance_type),
-                "network" => any(&instance.interface.network_id),
-                "key" => instance.key_name.as_deref().is_some_and(any),
-                "group" => instance.security_groups.iter().any(|group| any(group)),
-                "address" => any(&instance.interface.private_address.to_string()),
-                "hostname" => any(&instance.hostname),
-                tag => {
-                    let key = tag.strip_prefix("tag:").unwrap_or(tag);
-                    instance.tags.get(key).is_some_and(|value| any(value))
-                }
+            match name.strip_prefix("tag:") {
+                Some(key) => item.tags().get(key).is_some_and(|value| any(value)),
+                None => item.has(name, &any),
             }
         })
     }
@@ -109,25 +215,21 @@ fn matches(pattern: &str, value: &str) -> bool {
     rest.ends_with(last)
 }
 
-/// One page of instances in order of their ids.
-///
-/// # Errors
-///
-/// The parameters cannot be understood.
-pub fn page<'a>(
-    query: &ListInstances,
-    all: impl Iterator<Item = &'a std::sync::Arc<Instance>>,
-) -> Result<List<Instance>, Refusal> {
-    let limit = query.max_results.unwrap_or(PAGE);
+fn page<'a, T: Listed + 'a>(
+    filter: Option<&str>,
+    max_results: Option<usize>,
+    next_token: Option<&str>,
+    all: impl Iterator<Item = &'a Arc<T>>,
+) -> Result<List<T>, Refusal> {
+    let limit = max_results.unwrap_or(PAGE);
     if !(1..=PAGE).contains(&limit) {
-        let message = format!("max_results: must be 1 to {PAGE}");
-        return Err(Refusal::new(axum::http::StatusCode::BAD_REQUEST, "InvalidParameterValue", message));
+        return Err(invalid(format!("max_results: must be 1 to {PAGE}")));
     }
-    let filter = Filter::parse(query.filter.as_deref().unwrap_or_default())?;
-    let after = query.next_token.as_deref().unwrap_or_default();
-    let mut fitting = all.filter(|instance| instance.id.as_str() > after && filter.fits(instance));
+    let filter = Filter::parse::<T>(filter.unwrap_or_default())?;
+    let after = next_token.unwrap_or_default();
+    let mut fitting = all.filter(|item| item.id() > after && filter.fits(&***item));
     let items: Vec<_> = fitting.by_ref().take(limit).cloned().collect();
-    let next_token = items.last().filter(|_| fitting.next().is_some()).map(|last| last.id.clone());
+    let next_token = items.last().filter(|_| fitting.next().is_some()).map(|last| last.id().to_owned());
     Ok(List { items, next_token })
 }
 
@@ -149,9 +251,10 @@ mod tests {
 
     #[test]
     fn filters_are_checked() {
-        assert!(Filter::parse("state=running|pending,tag:Name=web-*").is_ok());
+        assert!(Filter::parse::<Instance>("state=running|pending,tag:Name=web-*").is_ok());
         for bad in ["colour=red", "state", "=x"] {
-            assert!(Filter::parse(bad).is_err(), "{bad}");
+            assert!(Filter::parse::<Instance>(bad).is_err(), "{bad}");
         }
+        assert!(Filter::parse::<Volume>("hostname=x").is_err());
     }
 }

@@ -10,13 +10,16 @@ mod error;
 mod events;
 mod extract;
 mod host;
+mod images;
 mod instances;
 mod list;
 mod metrics;
 mod middleware;
 mod resources;
+mod snapshots;
 mod tokens;
 mod tunnel;
+mod volumes;
 
 use std::sync::{Arc, Weak};
 
@@ -131,8 +134,15 @@ fn described() -> (Router<Arc<Api>>, utoipa::openapi::OpenApi) {
         .routes(routes!(instances::types))
         .routes(routes!(tunnel::agent))
         .routes(routes!(tunnel::console))
-        .routes(routes!(resources::images, resources::import_image))
-        .routes(routes!(resources::image, resources::delete_image))
+        .routes(routes!(images::list, images::import))
+        .routes(routes!(images::get, images::delete))
+        .routes(routes!(images::create))
+        .routes(routes!(volumes::list, volumes::create))
+        .routes(routes!(volumes::get, volumes::modify, volumes::delete))
+        .routes(routes!(volumes::attach))
+        .routes(routes!(volumes::detach))
+        .routes(routes!(snapshots::list, snapshots::create))
+        .routes(routes!(snapshots::get, snapshots::delete))
         .routes(routes!(resources::key_pairs, resources::create_key_pair))
         .routes(routes!(resources::key_pair, resources::delete_key_pair))
         .routes(routes!(resources::networks, resources::create_network))

@@ -1,4 +1,4 @@
-//! What instances are made of, over HTTP: images, key pairs, networks, security groups.
+//! What instances are made of, over HTTP: key pairs, networks, security groups.
 
 use std::sync::Arc;
 
@@ -10,45 +10,9 @@ use super::error::{ErrorBody, Refusal};
 use super::extract::{Body, Path};
 use super::{Api, List};
 use crate::instances::{
-    CreateKeyPair, CreateNetwork, CreateSecurityGroup, CreatedKeyPair, Error, ImportImage, ModifyRules,
+    CreateKeyPair, CreateNetwork, CreateSecurityGroup, CreatedKeyPair, Error, ModifyRules,
 };
-use crate::model::{Image, KeyPair, Kind, Network, SecurityGroup};
-
-/// List images.
-#[utoipa::path(get, path = "/v1/images", tag = "images",
-    responses((status = 200, description = "All images.", body = List<Image>), (status = "default", description = "Refused.", body = ErrorBody)))]
-pub async fn images(State(api): State<Arc<Api>>) -> Json<List<Image>> {
-    Json(List::all(api.instances.images()))
-}
-
-/// Import an image. It is `pending` at first; look again until it is `available` or `failed`.
-#[utoipa::path(post, path = "/v1/images", tag = "images", request_body = ImportImage,
-    responses((status = 202, description = "The image.", body = Image), (status = "default", description = "Refused.", body = ErrorBody)))]
-pub async fn import_image(
-    State(api): State<Arc<Api>>,
-    Body(request): Body<ImportImage>,
-) -> Result<(StatusCode, Json<Arc<Image>>), Refusal> {
-    Ok((StatusCode::ACCEPTED, Json(api.instances.import_image(request).await?)))
-}
-
-/// Show an image.
-#[utoipa::path(get, path = "/v1/images/{id}", tag = "images", params(("id" = String, Path, description = "Id or name.")),
-    responses((status = 200, description = "The image.", body = Image), (status = "default", description = "Refused.", body = ErrorBody)))]
-pub async fn image(State(api): State<Arc<Api>>, Path(id): Path<String>) -> Result<Json<Arc<Image>>, Refusal> {
-    let found = api.instances.images().into_iter().find(|image| image.id == id || image.name == id);
-    Ok(Json(found.ok_or_else(|| Error::not_found(Kind::Image, &id))?))
-}
-
-/// Delete an image that nothing is made of.
-#[utoipa::path(delete, path = "/v1/images/{id}", tag = "images", params(("id" = String, Path, description = "Id or name.")),
-    responses((status = 204, description = "Done."), (status = "default", description = "Refused.", body = ErrorBody)))]
-pub async fn delete_image(
-    State(api): State<Arc<Api>>,
-    Path(id): Path<String>,
-) -> Result<StatusCode, Refusal> {
-    api.instances.delete_image(&id).await?;
-    Ok(StatusCode::NO_CONTENT)
-}
+use crate::model::{KeyPair, Kind, Network, SecurityGroup};
 
 /// List key pairs.
 #[utoipa::path(get, path = "/v1/key-pairs", tag = "key pairs",

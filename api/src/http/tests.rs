@@ -168,6 +168,14 @@ async fn every_refusal_has_its_status_and_code() {
     let used = groups["items"].as_array().unwrap().iter().find(|group| group["name"] == "default").unwrap();
     let used = format!("/v1/security-groups/{}", used["id"].as_str().unwrap());
 
+    let volume = rig.ok(Method::POST, "/v1/volumes", Some(json!({"size_gib": 1}))).await;
+    let volume = format!("/v1/volumes/{}", volume["id"].as_str().unwrap());
+    while rig.ok(Method::GET, &volume, None).await["state"] == "creating" {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let root = rig.ok(Method::GET, &of(""), None).await["root_volume"].as_str().unwrap().to_owned();
+    let root = format!("/v1/volumes/{root}");
+
     let nobody = "/v1/instances/i-00000000000000000";
     let cases = [
         (get("/v1/nothing"), 404, "InvalidAction"),
@@ -212,6 +220,36 @@ async fn every_refusal_has_its_status_and_code() {
         (get(&format!("/v1/instances/{stopped}/wait?state=running")), 502, "GuestUnavailable"),
         (get(&of("/wait?state=stopped&timeout_seconds=1")), 504, "RequestTimeout"),
         (get(&of("/agent")), 400, "MalformedRequest"),
+        (get("/v1/volumes/none"), 404, "InvalidVolume.NotFound"),
+        (get("/v1/volumes?filter=hostname=x"), 400, "InvalidParameterValue"),
+        (get("/v1/snapshots/none"), 404, "InvalidSnapshot.NotFound"),
+        (delete("/v1/snapshots/none"), 404, "InvalidSnapshot.NotFound"),
+        (post("/v1/volumes", json!({})), 400, "InvalidParameterValue"),
+        (post("/v1/volumes", json!({"size_gib": 0})), 400, "InvalidParameterValue"),
+        (post("/v1/volumes", json!({"snapshot_id": "none"})), 404, "InvalidSnapshot.NotFound"),
+        (post("/v1/snapshots", json!({"volume_id": "none"})), 404, "InvalidVolume.NotFound"),
+        (post(&format!("{volume}/attach"), json!({"instance_id": id})), 409, "IncorrectInstanceState"),
+        (
+            post(&format!("{volume}/attach"), json!({"instance_id": "none"})),
+            404,
+            "InvalidInstanceID.NotFound",
+        ),
+        (delete(&root), 409, "VolumeInUse"),
+        (post(&format!("{root}/detach"), json!({})), 409, "OperationNotPermitted"),
+        (post(&format!("{root}/attach"), json!({"instance_id": stopped})), 409, "VolumeInUse"),
+        (
+            (Method::PATCH, volume.clone(), Some(json!({"delete_on_termination": true}))),
+            409,
+            "IncorrectState",
+        ),
+        ((Method::PATCH, root.clone(), Some(json!({"size_gib": 9}))), 409, "IncorrectInstanceState"),
+        (run(json!({"volumes": [{}]})), 400, "InvalidParameterValue"),
+        (run(json!({"volumes": [{"volume_id": "none"}]})), 404, "InvalidVolume.NotFound"),
+        (post("/v1/images", json!({"name": "x"})), 400, "InvalidParameterValue"),
+        (post("/v1/images", json!({"name": "x", "reference": "A B"})), 400, "InvalidParameterValue"),
+        (post("/v1/images", json!({"name": "x", "reference": "debian"})), 400, "InvalidParameterValue"),
+        (post(&of("/images"), json!({"name": "tiny"})), 409, "InvalidImageName.Duplicate"),
+        (post(&format!("{nobody}/images"), json!({"name": "x"})), 404, "InvalidInstanceID.NotFound"),
         (get(&of("/console/attach")), 400, "MalformedRequest"),
     ];
     for ((method, path, body), status, code) in cases {
@@ -423,14 +461,17 @@ async fn events_tell_every_change_of_state_and_begin_where_one_left_off() {
         assert_eq!(response.headers()[header::CONTENT_TYPE], "text/event-stream");
         response.into_body()
     };
-    let next = async |body: &mut Body| {
+    // Of instances; root disks have events of their own in between.
+    let next = async |body: &mut Body| loop {
         let frame = tokio::time::timeout(PATIENCE, body.frame()).await.unwrap().unwrap().unwrap();
         let text = String::from_utf8(frame.into_data().unwrap().to_vec()).unwrap();
         let field = |name: &str| {
             text.lines().find_map(|line| line.strip_prefix(name)).map(|value| value.trim().to_owned())
         };
         let data: Value = serde_json::from_str(&field("data:").unwrap()).unwrap();
-        (field("id:").unwrap(), data)
+        if data["kind"] == "instance" {
+            return (field("id:").unwrap(), data);
+        }
     };
     let mut live = follow(None).await;
     let id = rig.run(json!({})).await.remove(0);

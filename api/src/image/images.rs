@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use crate::files::{FileError, Task};
 
 use super::disk::{self, DiskImport};
-use super::{Blobs, ImageError, Manifest, frozen};
+use super::frozen::{self, DiskCopy};
+use super::{Blobs, ImageError, Manifest};
 
 /// What an import may make us store. All in bytes.
 #[derive(Clone, Copy, Debug)]
@@ -61,15 +62,23 @@ impl Images {
         self.blocking(task, move |images, task| disk::import(images, &import, task)).await
     }
 
-    /// Makes an image of what an instance of the image `from` has become. `disk` is the instance's writable disk: its
-    /// layer if the image's root is EROFS, else the disk itself. The instance should be stopped: a running one
-    /// gives what a power cut would.
+    /// Copies an instance's writable disk, for [`Self::freeze`]: its layer if its image's root is EROFS, else the disk itself.
+    /// Nothing may write to it meanwhile: the instance is stopped or paused. This is short, as nothing is hashed yet.
     ///
     /// # Errors
     ///
     /// As [`Self::import_disk`].
-    pub async fn freeze(&self, from: Manifest, disk: PathBuf, task: &Task) -> Result<Manifest, ImageError> {
-        self.blocking(task, move |images, task| frozen::freeze(images, from, &disk, task)).await
+    pub async fn copy_disk(&self, disk: PathBuf, task: &Task) -> Result<DiskCopy, ImageError> {
+        self.blocking(task, move |images, task| frozen::copy(images, &disk, task)).await
+    }
+
+    /// Makes an image of what an instance of the image `from` has become, from a copy of its disk.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::import_disk`].
+    pub async fn freeze(&self, from: Manifest, disk: DiskCopy, task: &Task) -> Result<Manifest, ImageError> {
+        self.blocking(task, move |images, task| frozen::freeze(images, from, disk, task)).await
     }
 
     /// Compares every blob of an image with its digest.

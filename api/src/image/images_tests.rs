@@ -69,7 +69,8 @@ fn an_erofs_root_is_shared_and_a_layer_can_be_frozen() {
     let layer = host.path("layer");
     fs::write(&layer, "what the instance wrote").unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-    let frozen = runtime.block_on(host.images.freeze(manifest.clone(), layer, &Task::quiet())).unwrap();
+    let copy = runtime.block_on(host.images.copy_disk(layer, &Task::quiet())).unwrap();
+    let frozen = runtime.block_on(host.images.freeze(manifest.clone(), copy, &Task::quiet())).unwrap();
     assert_eq!(frozen.root.blob(), manifest.root.blob());
     assert_eq!(frozen.blobs().len(), 3);
     assert_eq!(frozen.boot_args(), manifest.boot_args());

@@ -34,6 +34,7 @@ pub use blobs::{Blob, Blobs};
 pub use digest::{Digest, DigestError};
 pub use disk::DiskImport;
 pub use error::ImageError;
+pub use frozen::DiskCopy;
 pub use images::{Images, Limits};
 pub use manifest::{Architecture, ContainerConfig, Manifest, Root};
 pub use oci::{Credentials, OciImport, OciSource, Reference, ReferenceError};

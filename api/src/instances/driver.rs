@@ -17,18 +17,18 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::Notify;
+use tokio::sync::{Notify, OwnedMutexGuard};
 use tokio::time::{Instant as Moment, sleep, timeout};
 
 use super::error::Error;
 use super::host::Host;
-use super::launch;
 use super::lifecycle::{boot_anew, enter};
+use super::{copies, launch, volumes};
 use crate::fault;
 use crate::microvm::{Ending, MicroVm, Reason, Stop};
 use crate::model::{
-    BootReport, Check, Desired, Instance, InstanceState, ShutdownBehavior, StateReason, StatusChecks, Volume,
-    reason,
+    BootReport, Check, Desired, Instance, InstanceState, ShutdownBehavior, StateReason, StatusChecks,
+    VolumeState, reason,
 };
 
 /// Before a failed machine is started again.
@@ -62,32 +62,37 @@ struct Told {
     metadata: serde_json::Value,
 }
 
+/// What a driver shares with the service.
+pub(super) struct Shared {
+    pub wake: Arc<Notify>,
+    /// Told what machine there is, for those who want to talk to it.
+    pub current: tokio::sync::watch::Sender<Option<MicroVm>>,
+    /// Held while a machine is booted or ended: see `copies`.
+    pub disks: Arc<tokio::sync::Mutex<()>>,
+}
+
 pub(super) struct Driver {
     host: Host,
     id: String,
     wake: Arc<Notify>,
     machine: Option<Booted>,
-    /// Told what machine there is, for those who want to talk to it.
     current: tokio::sync::watch::Sender<Option<MicroVm>>,
+    disks: Arc<tokio::sync::Mutex<()>>,
     failures: u32,
 }
 
 impl Driver {
-    pub fn new(
-        host: Host,
-        id: String,
-        wake: Arc<Notify>,
-        current: tokio::sync::watch::Sender<Option<MicroVm>>,
-        adopted: Option<(MicroVm, u64)>,
-    ) -> Self {
+    pub fn new(host: Host, id: String, shared: Shared, adopted: Option<(MicroVm, u64)>) -> Self {
+        let Shared { wake, current, disks } = shared;
         current.send_replace(adopted.as_ref().map(|(vm, _)| vm.clone()));
         let machine =
             adopted.map(|(vm, generation)| Booted { vm, generation, since: Moment::now(), told: None });
-        Driver { host, id, wake, machine, current, failures: 0 }
+        Driver { host, id, wake, machine, current, disks, failures: 0 }
     }
 
     /// Drives until the instance's record is gone.
     pub async fn run(mut self) {
+        self.go_on().await;
         while let Some(instance) = self.host.records.get::<Instance>(&self.id) {
             let done = self.step(&instance).await;
             if let Err(error) = done {
@@ -98,6 +103,17 @@ impl Driver {
                 }
             }
         }
+    }
+
+    /// Has an adopted machine go on that the daemon before had paused to copy its disk.
+    async fn go_on(&self) {
+        let Some(vm) = self.machine.as_ref().map(|machine| machine.vm.clone()) else { return };
+        let disks = self.disks.lock().await;
+        if vm.started().await.is_ok() && matches!(vm.state(), crate::microvm::State::Paused) {
+            tracing::info!(instance = self.id, "goes on: its disk is not copied any more");
+            copies::resume(&vm).await;
+        }
+        drop(disks);
     }
 
     /// One round: does what is next, or waits until there is something to do.
@@ -126,6 +142,8 @@ impl Driver {
         if instance.state != InstanceState::Pending && instance.state != InstanceState::Running {
             self.set_state(InstanceState::Pending, instance.state_reason.clone()).await?;
         }
+        // A copy of its disks that is under way comes first.
+        let Some(_disks) = self.disks_to_itself(instance).await else { return Ok(()) };
         let begun = Moment::now();
         let mut report = BootReport::default();
         match self.try_boot(instance, begun, &mut report).await {
@@ -162,6 +180,7 @@ impl Driver {
         report: &mut BootReport,
     ) -> Result<(MicroVm, Option<Told>), Failed> {
         let elapsed = || micros(begun.elapsed());
+        self.volumes_made(instance).await?;
         let (host, of) = (self.host.clone(), instance.clone());
         let disks = tokio::task::spawn_blocking(move || launch::make_disks(&host, &of));
         disks.await.map_err(|error| Failed::because(&error))?.map_err(|error| Failed::because(&error))?;
@@ -184,11 +203,7 @@ impl Driver {
                     Err(ending) => return Err(Failed::because(&ending.reason)),
                 },
                 () = self.wake.notified() => {
-                    let wanted = self.host.records.get::<Instance>(&self.id);
-                    let still = wanted.is_some_and(|now| {
-                        now.desired == Desired::Running && now.generation == instance.generation
-                    });
-                    if !still {
+                    if !self.still_wanted(instance) {
                         vm.stop(Stop::Force).await;
                         return Err(Failed::Superseded);
                     }
@@ -200,6 +215,45 @@ impl Driver {
         report.vmm_us = times.api_ready.map(|time| micros(time).saturating_add(network_us));
         report.started_us = Some(elapsed());
         Ok((vm, told))
+    }
+
+    /// Whether the boot that is under way is the one that is wanted.
+    fn still_wanted(&self, instance: &Instance) -> bool {
+        let wanted = self.host.records.get::<Instance>(&self.id);
+        wanted.is_some_and(|now| now.desired == Desired::Running && now.generation == instance.generation)
+    }
+
+    /// Waits until nobody else works on the instance's disks. None if it is not to boot any more.
+    async fn disks_to_itself(&self, instance: &Instance) -> Option<OwnedMutexGuard<()>> {
+        let mut free = std::pin::pin!(self.disks.clone().lock_owned());
+        loop {
+            tokio::select! {
+                disks = &mut free => return Some(disks),
+                () = self.wake.notified() => if !self.still_wanted(instance) { return None; },
+            }
+        }
+    }
+
+    /// Waits until the volumes are there that were asked for with the instance.
+    async fn volumes_made(&self, instance: &Instance) -> Result<(), Failed> {
+        let mut changes = self.host.records.subscribe();
+        loop {
+            let volumes = volumes::data_volumes(&self.host.records.read(), instance);
+            if let Some(failed) = volumes.iter().find(|volume| volume.state == VolumeState::Error) {
+                let why = failed.state_reason.as_ref().map(|why| why.message.clone()).unwrap_or_default();
+                return Err(Failed::because(&format!("volume {} could not be made: {why}", failed.id)));
+            }
+            if !volumes.iter().any(|volume| volume.state == VolumeState::Creating) {
+                return Ok(());
+            }
+            tokio::select! {
+                // Others' changes wake us, too; looking again costs little.
+                _ = changes.recv() => {}
+                () = self.wake.notified() => if !self.still_wanted(instance) {
+                    return Err(Failed::Superseded);
+                },
+            }
+        }
     }
 
     /// Looks after a running machine until the record changes or the machine ends.
@@ -412,6 +466,8 @@ impl Driver {
 
     async fn terminate(&mut self, instance: &Instance) -> Result<(), Error> {
         self.take_down(instance).await?;
+        // What copies a disk is not surprised by its end.
+        let disks = self.disks.clone().lock_owned().await;
         let now = self.host.now();
         self.host
             .records
@@ -429,47 +485,23 @@ impl Driver {
                     let mut volume = (**volume).clone();
                     let goes =
                         volume.attachment.take().is_some_and(|attachment| attachment.delete_on_termination);
-                    volume.state = if goes {
-                        crate::model::VolumeState::Deleting
-                    } else {
-                        crate::model::VolumeState::Available
+                    volume.state = match volume.state {
+                        _ if goes => VolumeState::Deleting,
+                        VolumeState::InUse => VolumeState::Available,
+                        state => state,
                     };
                     changes.replace(tables, &volume);
                 }
                 Ok(())
             })
             .await?;
+        drop(disks);
         fault::point("instance.terminated");
         Ok(())
     }
 
-    /// Removes the files and, after a while, the record of a terminated instance.
+    /// Removes, after a while, what is left of a terminated instance.
     async fn forget(&mut self, instance: &Instance) -> Result<(), Error> {
-        let doomed: Vec<String> = {
-            let tables = self.host.records.read();
-            let doomed = tables.volumes.iter().filter(|volume| {
-                volume.id == instance.root_volume && volume.state == crate::model::VolumeState::Deleting
-            });
-            doomed.map(|volume| volume.id.clone()).collect()
-        };
-        for id in doomed {
-            let (volumes, volume) = (self.host.volumes.clone(), id.clone());
-            let deleted = tokio::task::spawn_blocking(move || volumes.delete(&volume)).await;
-            match deleted? {
-                Ok(()) | Err(crate::volume::VolumeError::NotFound { .. }) => {}
-                Err(error) => return Err(error.into()),
-            }
-            fault::point("instance.disk-removed");
-            self.host
-                .records
-                .update(|tables, changes| {
-                    if tables.volumes.get(&id).is_some() {
-                        changes.delete::<Volume>(tables, &id);
-                    }
-                    Ok::<_, Error>(())
-                })
-                .await?;
-        }
         let visible = (self.host.now() - instance.state_since).to_std().unwrap_or_default();
         let rest = self.host.limits.terminated_visible.saturating_sub(visible);
         sleep(rest).await;
@@ -497,9 +529,13 @@ impl Driver {
         Ok(())
     }
 
-    /// Ends the machine, if there is one; sooner if the record is changed to say so.
+    /// Ends the machine, if there is one; sooner if the record is changed to say so. A copy of its disks that is under
+    /// way comes first, unless it is to be ended by force.
     async fn end_machine(&mut self, how: Stop) {
         let Some(machine) = self.machine.take() else { return };
+        let disks = if how == Stop::Force { None } else { self.disks_for_the_end().await };
+        // A guest that is paused for a copy is not to go on under it.
+        let how = if disks.is_none() { Stop::Force } else { how };
         let mut stopping = std::pin::pin!(machine.vm.stop(how));
         loop {
             tokio::select! {
@@ -522,6 +558,22 @@ impl Driver {
             }
         }
         self.current.send_replace(None);
+    }
+
+    /// Waits until nobody else works on the instance's disks. None if it is to be ended by force meanwhile.
+    async fn disks_for_the_end(&self) -> Option<OwnedMutexGuard<()>> {
+        let mut free = std::pin::pin!(self.disks.clone().lock_owned());
+        loop {
+            tokio::select! {
+                disks = &mut free => return Some(disks),
+                () = self.wake.notified() => {
+                    let instance = self.host.records.get::<Instance>(&self.id);
+                    if instance.is_none_or(|instance| instance.force_stop) {
+                        return None;
+                    }
+                }
+            }
+        }
     }
 
     fn tap(&self) -> String {

@@ -32,6 +32,11 @@ pub enum Error {
     DryRun,
     #[error("instance {0} is protected: set termination_protection to false first")]
     Protected(String),
+    /// Never, for things of this kind.
+    #[error("{0}")]
+    NotPermitted(String),
+    #[error("instance {instance} has as many volumes as it can have: {most}, besides its root disk")]
+    AttachmentLimit { instance: String, most: usize },
     /// The guest did not do its part.
     #[error("instance {id}: {problem}")]
     Guest { id: String, problem: String },

@@ -3,11 +3,19 @@
 use std::sync::Arc;
 
 use super::error::Error;
-use crate::model::{Image, Instance, Kind, Network, SecurityGroup};
+use crate::model::{Image, Instance, Kind, Network, SecurityGroup, Snapshot, Volume};
 use crate::records::Tables;
 
 pub fn instance(tables: &Tables, id: &str) -> Result<Arc<Instance>, Error> {
     tables.instances.get(id).cloned().ok_or_else(|| Error::not_found(Kind::Instance, id))
+}
+
+pub fn volume(tables: &Tables, id: &str) -> Result<Arc<Volume>, Error> {
+    tables.volumes.get(id).cloned().ok_or_else(|| Error::not_found(Kind::Volume, id))
+}
+
+pub fn snapshot(tables: &Tables, id: &str) -> Result<Arc<Snapshot>, Error> {
+    tables.snapshots.get(id).cloned().ok_or_else(|| Error::not_found(Kind::Snapshot, id))
 }
 
 pub fn image(tables: &Tables, id: &str) -> Result<Arc<Image>, Error> {

@@ -47,6 +47,8 @@ pub struct Host {
     pub wiring: Wiring,
     pub images: Images,
     pub volumes: Volumes,
+    /// The guests' side of Pulau, for images made of container images. None if this host does not have it.
+    pub agent: Option<PathBuf>,
     pub limits: Arc<Limits>,
     /// Where consoles are kept.
     pub logs: PathBuf,

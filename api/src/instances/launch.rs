@@ -5,13 +5,13 @@ use std::path::PathBuf;
 use pulau_agent_protocol::boot::{BootOptions, Overlay};
 use pulau_agent_protocol::network::NetworkConfig;
 use pulau_vmm::config::{
-    BalloonConfig, BootSourceConfig, ConfigError, DriveConfig, MachineConfig, MmdsConfig, MmdsVersion,
-    NetworkInterfaceConfig, VmConfig,
+    BalloonConfig, BootSourceConfig, CacheType, ConfigError, DriveConfig, MachineConfig, MmdsConfig,
+    MmdsVersion, NetworkInterfaceConfig, VmConfig,
 };
 
 use super::error::Error;
 use super::host::Host;
-use super::metadata;
+use super::{metadata, volumes};
 use crate::image::{Manifest, Root};
 use crate::microvm::{Console, ConsoleLog, JailSpec, Network as Namespace, Spec, furnish};
 use crate::model::{Instance, Kind, Network};
@@ -41,8 +41,15 @@ pub fn console_log(host: &Host, instance: &str) -> ConsoleLog {
 
 /// Makes what an instance's boot needs of disks, unless it is there already. Blocks.
 pub fn make_disks(host: &Host, instance: &Instance) -> Result<(), Error> {
+    for volume in volumes::data_volumes(&host.records.read(), instance) {
+        // Unless it was to grow, and the daemon died at that, it is so large already.
+        host.volumes.grow(&volume.id, volume.size)?;
+    }
     let manifest = manifest(host, instance)?;
     let size = root_size(host, instance)?;
+    if host.volumes.exists(&instance.root_volume)? {
+        return Ok(host.volumes.grow(&instance.root_volume, size)?);
+    }
     let blobs = host.images.blobs();
     let path;
     let content = match &manifest.root {
@@ -122,6 +129,12 @@ fn vm(host: &Host, instance: &Instance, manifest: &Manifest) -> Result<VmConfig,
             vm.set_drive(disk("root", own, false, false))?;
         }
         Root::Disk { .. } => vm.set_drive(disk("root", own, true, false))?,
+    }
+    for volume in volumes::data_volumes(&host.records.read(), instance) {
+        let path = host.volumes.path(&volume.id).unwrap_or_default();
+        // What the guest has flushed is on the host's disk.
+        let cache_type = CacheType::Writeback;
+        vm.set_drive(DriveConfig { cache_type, ..disk(&volume.serial(), path, false, false) })?;
     }
     if network.is_some() {
         vm.set_network_interface(NetworkInterfaceConfig {

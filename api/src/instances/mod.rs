@@ -5,19 +5,26 @@
 //! adopts the microVMs that an earlier daemon left, and removes whatever belongs to nothing.
 
 mod capacity;
+mod copies;
+mod create_image;
 mod driver;
 mod error;
+pub mod failure;
 mod find;
 mod guest;
 mod host;
 mod idempotency;
 mod images;
+mod jobs;
+mod keeper;
 mod key_pairs;
 mod launch;
 mod lifecycle;
 mod metadata;
 mod networks;
 mod run;
+mod snapshots;
+mod volumes;
 mod wiring;
 
 use std::collections::{BTreeSet, HashMap};
@@ -31,13 +38,16 @@ use crate::model::Instance;
 use crate::records::AnyRecord;
 
 pub use capacity::{HostReport, Resources};
+pub use create_image::CreateImage;
 pub use error::Error;
 pub use host::{Host, Limits};
 pub use images::ImportImage;
 pub use key_pairs::{CreateKeyPair, CreatedKeyPair};
 pub use lifecycle::{ModifyInstance, StopInstance};
 pub use networks::{CreateNetwork, CreateSecurityGroup, ModifyRules};
-pub use run::RunInstances;
+pub use run::{InstanceVolume, RunInstances};
+pub use snapshots::CreateSnapshot;
+pub use volumes::{AttachVolume, CreateVolume, ModifyVolume};
 pub use wiring::{TAP_PREFIX, Wiring, plan as network_plan};
 
 /// See the module's text. Cheap to clone.
@@ -46,12 +56,16 @@ pub struct Service {
     host: Host,
     drivers: Arc<Mutex<HashMap<String, Driven>>>,
     dispatcher: Arc<Mutex<Option<JoinHandle<()>>>>,
+    /// What goes on behind requests for disks and images.
+    jobs: jobs::Jobs,
 }
 
 /// An instance with a driver.
 struct Driven {
     wake: Arc<Notify>,
     machine: watch::Receiver<Option<MicroVm>>,
+    /// Held by whoever has the instance's disks to itself: see `copies`.
+    disks: Arc<tokio::sync::Mutex<()>>,
     task: JoinHandle<()>,
 }
 
@@ -62,14 +76,18 @@ impl Service {
     ///
     /// The host's directories cannot be read or cleaned, or the records not be written.
     pub async fn open(host: Host) -> Result<Self, Error> {
-        let service = Service { host, drivers: Arc::default(), dispatcher: Arc::default() };
+        let service =
+            Service { host, drivers: Arc::default(), dispatcher: Arc::default(), jobs: Default::default() };
         let changes = service.host.records.subscribe();
         service.host.images.sweep()?;
         service.host.volumes.sweep()?;
         service.make_defaults().await?;
         service.fail_interrupted_imports().await?;
+        service.fail_interrupted_snapshots().await?;
+        service.finish_growing().await?;
         service.adopt().await?;
         service.remove_orphans().await?;
+        service.keep_volumes();
         let dispatcher = tokio::spawn(service.clone().dispatch(changes));
         *service.dispatcher.lock().unwrap_or_else(PoisonError::into_inner) = Some(dispatcher);
         Ok(service)
@@ -102,15 +120,25 @@ impl Service {
         Ok(())
     }
 
-    /// Removes disks that no record knows: those of instances whose creation or removal was cut short.
+    /// Removes disks that no record knows: those of instances and snapshots whose creation or removal was cut short.
     async fn remove_orphans(&self) -> Result<(), Error> {
         let host = self.host.clone();
         let removed = tokio::task::spawn_blocking(move || -> Result<(), Error> {
-            let known: BTreeSet<String> = host.records.read().volumes.iter().map(|v| v.id.clone()).collect();
+            let (known, snapshots): (BTreeSet<String>, BTreeSet<String>) = {
+                let tables = host.records.read();
+                let snapshots = tables.snapshots.iter().map(|snapshot| snapshot.id.clone()).collect();
+                (tables.volumes.iter().map(|volume| volume.id.clone()).collect(), snapshots)
+            };
             for id in host.volumes.list()? {
                 if !known.contains(&id) {
                     tracing::info!(volume = id, "belonged to nothing and was removed");
                     host.volumes.delete(&id)?;
+                }
+            }
+            for id in host.volumes.list_snapshots()? {
+                if !snapshots.contains(&id) {
+                    tracing::info!(snapshot = id, "belonged to nothing and was removed");
+                    host.volumes.delete_snapshot(&id)?;
                 }
             }
             Ok(())
@@ -135,9 +163,11 @@ impl Service {
                         let changed = self.host.wiring.network_changed(&change.id, new.as_deref()).await;
                         self.network_change(&change.id, changed);
                     }
+                    AnyRecord::Volume { new: Some(volume), .. } => self.volume_changed(&volume),
                     _ => {}
                 },
                 Err(RecvError::Lagged(_)) => {
+                    self.keep_volumes();
                     let ids: Vec<String> =
                         self.host.records.read().instances.iter().map(|i| i.id.clone()).collect();
                     ids.iter().for_each(|id| self.wake_or_drive(id));
@@ -172,9 +202,11 @@ impl Service {
     fn drive(&self, id: String, machine: Option<(MicroVm, u64)>) {
         let wake = Arc::new(Notify::new());
         let (sender, receiver) = watch::channel(None);
-        let driver = driver::Driver::new(self.host.clone(), id.clone(), wake.clone(), sender, machine);
+        let disks = Arc::new(tokio::sync::Mutex::new(()));
+        let shared = driver::Shared { wake: wake.clone(), current: sender, disks: disks.clone() };
+        let driver = driver::Driver::new(self.host.clone(), id.clone(), shared, machine);
         let task = tokio::spawn(driver.run());
-        self.lock().insert(id, Driven { wake, machine: receiver, task });
+        self.lock().insert(id, Driven { wake, machine: receiver, disks, task });
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Driven>> {
@@ -217,6 +249,8 @@ impl Service {
         if let Some(dispatcher) = dispatcher {
             dispatcher.abort();
         }
+        // Those that copy disks have their machines go on.
+        self.jobs.end().await;
         let driven: Vec<Driven> = self.lock().drain().map(|(_, driven)| driven).collect();
         for driven in &driven {
             let machine = driven.machine.borrow().clone();

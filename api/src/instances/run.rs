@@ -13,11 +13,12 @@ use utoipa::ToSchema;
 
 use super::error::Error;
 use super::host::Host;
+use super::volumes::{self, MOST_ATTACHED, usable_snapshot, volume_size};
 use super::{Service, capacity, find, idempotency};
 use crate::image::Root;
 use crate::model::{
     Desired, Image, ImageState, Instance, InstanceState, InstanceType, Interface, Kind, Network,
-    ShutdownBehavior, Size, StatusChecks, Volume, VolumeAttachment, VolumeState, check_tags, id,
+    ShutdownBehavior, Size, Snapshot, StatusChecks, Volume, VolumeAttachment, VolumeState, check_tags, id,
 };
 use crate::network::addresses::{self, AddressError};
 use crate::network::is_label;
@@ -71,6 +72,9 @@ pub struct RunInstances {
     /// GiB, at least what the image needs.
     #[serde(default)]
     pub root_size_gib: Option<u64>,
+    /// Disks besides the root disk, in the order in which the guest has them.
+    #[serde(default)]
+    pub volumes: Vec<InstanceVolume>,
     #[serde(default)]
     pub tags: BTreeMap<String, String>,
     #[serde(default)]
@@ -83,6 +87,28 @@ pub struct RunInstances {
     /// Only checks.
     #[serde(default)]
     pub dry_run: bool,
+}
+
+/// A volume of an instance that is run: one that exists, or a new one.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct InstanceVolume {
+    /// One that is available, for one instance.
+    #[serde(default)]
+    pub volume_id: Option<String>,
+    /// A new one of this size: 1 to 16383.
+    #[serde(default)]
+    #[schema(minimum = 1, maximum = 16383)]
+    pub size_gib: Option<u64>,
+    /// A new one of this snapshot.
+    #[serde(default)]
+    pub snapshot_id: Option<String>,
+    /// Whether it goes when the instance is terminated. A new one does if this is absent, an existing one does not.
+    #[serde(default)]
+    pub delete_on_termination: Option<bool>,
+    /// Of a new one.
+    #[serde(default)]
+    pub tags: BTreeMap<String, String>,
 }
 
 fn default_type() -> String {
@@ -103,6 +129,7 @@ impl Service {
                 return Ok(made);
             }
             let instances = plan(&self.host, tables, &request, &checked)?;
+            let volumes = data_volumes(&self.host, tables, changes, &request, &instances)?;
             if request.dry_run {
                 return Err(Error::DryRun);
             }
@@ -110,25 +137,20 @@ impl Service {
                 changes.create(instance);
                 changes.create(volume);
             }
+            for volume in &volumes {
+                match tables.volumes.get(&volume.id) {
+                    Some(_) => changes.replace(tables, volume),
+                    None => changes.create(volume),
+                }
+            }
             let ids: Vec<String> = instances.into_iter().map(|(instance, _)| instance.id).collect();
-            let remembered = (changes, ids.clone());
-            remember(&self.host, remembered.0, token, &request, remembered.1);
+            idempotency::remember(&self.host, changes, "run-instances", token, &request, ids.clone());
             Ok(ids)
         });
         let ids = ids.await?;
         let tables = self.host.records.read();
         Ok(ids.iter().filter_map(|id| tables.instances.get(id).cloned()).collect())
     }
-}
-
-fn remember(
-    host: &Host,
-    changes: &mut Changes,
-    token: Option<&str>,
-    request: &RunInstances,
-    made: Vec<String>,
-) {
-    idempotency::remember(host, changes, "run-instances", token, request, made);
 }
 
 /// What can be said of a request without looking at anything else.
@@ -156,8 +178,33 @@ impl Checked {
             check_user_data(data)?;
         }
         check_tags(&request.tags)?;
+        check_volumes(&request.volumes, max)?;
         Ok(Checked { size, min, max })
     }
+}
+
+fn check_volumes(volumes: &[InstanceVolume], max: u32) -> Result<(), Error> {
+    let invalid = |problem: &str| Err(Error::invalid("volumes", problem));
+    if volumes.len() > MOST_ATTACHED {
+        return Err(Error::invalid("volumes", format_args!("at most {MOST_ATTACHED} are possible")));
+    }
+    let mut seen = BTreeSet::new();
+    for volume in volumes {
+        check_tags(&volume.tags)?;
+        let Some(id) = &volume.volume_id else { continue };
+        if volume.size_gib.is_some() || volume.snapshot_id.is_some() || !volume.tags.is_empty() {
+            return invalid(
+                "size_gib, snapshot_id and tags are for new volumes, not for one with a volume_id",
+            );
+        }
+        if max != 1 {
+            return invalid("a volume that exists is for one instance, not for several");
+        }
+        if !seen.insert(id) {
+            return invalid("a volume can be attached once only");
+        }
+    }
+    Ok(())
 }
 
 /// The size that a type, or the numbers given for a custom one, stand for.
@@ -256,6 +303,9 @@ fn plan(
             id: root_volume,
             size: root_size,
             state: VolumeState::InUse,
+            state_reason: None,
+            progress: None,
+            snapshot_id: None,
             attachment: Some(attachment),
             created: now,
             tags: BTreeMap::new(),
@@ -263,6 +313,58 @@ fn plan(
         (instance, volume)
     });
     Ok(made.collect())
+}
+
+/// The records of the volumes besides root disks: those that exist, attached, and new ones.
+fn data_volumes(
+    host: &Host,
+    tables: &Tables,
+    changes: &mut Changes,
+    request: &RunInstances,
+    instances: &[(Instance, Volume)],
+) -> Result<Vec<Volume>, Error> {
+    let mut volumes = Vec::new();
+    for (instance, _) in instances {
+        for (wanted, index) in request.volumes.iter().zip(1..) {
+            let mut volume = match &wanted.volume_id {
+                Some(id) => free_volume(tables, id)?,
+                None => {
+                    let snapshot = wanted.snapshot_id.as_deref();
+                    let snapshot = snapshot.map(|id| usable_snapshot(tables, id)).transpose()?;
+                    if let Some(snapshot) = &snapshot {
+                        changes.expect_unchanged::<Snapshot>(tables, &snapshot.id);
+                    }
+                    Volume {
+                        id: id::new(id::VOLUME),
+                        size: volume_size(wanted.size_gib, snapshot.as_deref())?,
+                        state: VolumeState::Creating,
+                        state_reason: None,
+                        progress: None,
+                        snapshot_id: wanted.snapshot_id.clone(),
+                        attachment: None,
+                        created: host.now(),
+                        tags: wanted.tags.clone(),
+                    }
+                }
+            };
+            let is_new = volume.state == VolumeState::Creating;
+            volume.attachment = Some(VolumeAttachment {
+                instance_id: instance.id.clone(),
+                index,
+                delete_on_termination: wanted.delete_on_termination.unwrap_or(is_new),
+            });
+            volumes.push(volume);
+        }
+    }
+    Ok(volumes)
+}
+
+/// A volume that an instance can have, as it is when it has it.
+fn free_volume(tables: &Tables, id: &str) -> Result<Volume, Error> {
+    let mut volume = (*find::volume(tables, id)?).clone();
+    volumes::check_free(tables, &volume)?;
+    volume.state = VolumeState::InUse;
+    Ok(volume)
 }
 
 /// The bytes of an instance's own disk.

@@ -17,6 +17,8 @@ use super::*;
 
 #[path = "chaos_tests.rs"]
 mod chaos;
+#[path = "storage_tests.rs"]
+mod storage;
 
 /// Longer than anything in here takes.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -35,6 +37,7 @@ pub(crate) async fn host(dir: &Path, simulation: &Simulation) -> Host {
         wiring: Wiring::Unconnected,
         images: Images::open(dir, crate::image::Limits::default(), 0).unwrap(),
         volumes: Volumes::open(dir, 0).unwrap(),
+        agent: Some(dir.join("agent")),
         limits: Arc::new(Limits {
             vcpus: 8,
             memory_mib: 2048,
@@ -60,6 +63,9 @@ pub(crate) async fn daemon(dir: &Path, simulation: &Simulation) -> Service {
             description: String::new(),
             state: ImageState::Available,
             state_reason: None,
+            state_code: None,
+            progress: None,
+            source: None,
             created: service.host.now(),
             size: 1 << 20,
             manifest: Some(Manifest {

@@ -10,6 +10,7 @@ pub const NETWORK: &str = "net";
 pub const SECURITY_GROUP: &str = "sg";
 pub const KEY_PAIR: &str = "key";
 pub const VOLUME: &str = "vol";
+pub const SNAPSHOT: &str = "snap";
 pub const API_TOKEN: &str = "tok";
 
 /// A new one, unlike any other: `i-0123456789abcdef0`.

@@ -15,11 +15,12 @@ mod key_pair;
 mod name;
 mod network;
 mod security_group;
+mod snapshot;
 mod volume;
 
 pub use api_token::ApiToken;
 pub use cordon::Cordon;
-pub use image::{Image, ImageState};
+pub use image::{Image, ImageSource, ImageState};
 pub use instance::{
     BootReport, Check, Desired, Instance, InstanceState, Interface, ShutdownBehavior, StateReason,
     StatusChecks, reason,
@@ -29,6 +30,7 @@ pub use key_pair::KeyPair;
 pub use name::{NameError, check_name, check_tags};
 pub use network::Network;
 pub use security_group::{Peer, Protocol, Rule, SecurityGroup};
+pub use snapshot::{Snapshot, SnapshotState};
 pub use volume::{Volume, VolumeAttachment, VolumeState};
 
 /// The kinds of things there are, as error messages and events call them.
@@ -41,6 +43,7 @@ pub enum Kind {
     KeyPair,
     Network,
     SecurityGroup,
+    Snapshot,
     Token,
     Volume,
 }
@@ -55,6 +58,7 @@ impl Kind {
             Kind::KeyPair => "key pair",
             Kind::Network => "network",
             Kind::SecurityGroup => "security group",
+            Kind::Snapshot => "snapshot",
             Kind::Token => "token",
             Kind::Volume => "volume",
         }
@@ -69,6 +73,7 @@ impl Kind {
             Kind::KeyPair => "pulau key-pair list",
             Kind::Network => "pulau network list",
             Kind::SecurityGroup => "pulau security-group list",
+            Kind::Snapshot => "pulau snapshot list",
             Kind::Token => "pulau token list",
             Kind::Volume => "pulau volume list",
         }

@@ -7,7 +7,7 @@ use chrono::{DateTime, Utc};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::model::{ApiToken, Cordon, Image, Instance, KeyPair, Network, SecurityGroup, Volume};
+use crate::model::{ApiToken, Cordon, Image, Instance, KeyPair, Network, SecurityGroup, Snapshot, Volume};
 use crate::store::{Change, Revision};
 
 /// Something kept in the store, as JSON, under `<PREFIX><id>`.
@@ -168,6 +168,7 @@ records! {
     key_pairs: KeyPair, "key-pairs/", id;
     networks: Network, "networks/", id;
     security_groups: SecurityGroup, "security-groups/", id;
+    snapshots: Snapshot, "snapshots/", id;
     tokens: Token, "tokens/", id;
     volumes: Volume, "volumes/", id;
 }

@@ -74,6 +74,15 @@ impl Volumes {
         Ok(self.staging.sweep()? + self.snapshot_staging.sweep()?)
     }
 
+    /// Makes sure that the disk is not so full that nothing can be made.
+    ///
+    /// # Errors
+    ///
+    /// [`FileError::NoSpace`].
+    pub fn check_room(&self) -> Result<(), VolumeError> {
+        Ok(files::require(&self.dir, 1, self.reserve)?)
+    }
+
     /// Makes a volume of `size` bytes. If it is there already, with this size, it stays as it is.
     ///
     /// # Errors
@@ -85,7 +94,7 @@ impl Volumes {
         if self.is_there(id, &place, Some(size))? {
             return Ok(());
         }
-        files::require(&self.dir, 0, self.reserve)?;
+        self.check_room()?;
         let staged = match content {
             Content::Blank => {
                 let staged = self.staging.file()?;
@@ -144,6 +153,15 @@ impl Volumes {
     /// [`VolumeError::NotFound`].
     pub fn usage(&self, id: &str) -> Result<Usage, VolumeError> {
         usage(id, &self.path(id)?)
+    }
+
+    /// Whether there is a volume of this name.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be looked at.
+    pub fn exists(&self, id: &str) -> Result<bool, VolumeError> {
+        self.is_there(id, &self.path(id)?, None)
     }
 
     /// Removes a volume. One that is not there is as good as removed.

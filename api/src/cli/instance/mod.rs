@@ -12,7 +12,7 @@ use clap::Subcommand;
 use serde_json::{Value, json};
 
 use super::connection::Connection;
-use super::{print, print_json};
+use super::{print, print_json, resource};
 use crate::client::{Client, escape};
 use show::summary;
 
@@ -78,7 +78,7 @@ enum Command {
     #[command(after_help = "Examples:
   pulau instance reboot i-0123456789abcdef0")]
     Reboot(Several),
-    /// End instances for good, with their root disks.
+    /// End instances for good, with their root disks and the volumes that are to go with them.
     #[command(after_help = "Examples:
   pulau instance terminate i-0123456789abcdef0")]
     Terminate(Several),
@@ -150,17 +150,7 @@ async fn act(args: &Args, client: Client) -> anyhow::Result<ExitCode> {
     match &args.command {
         Command::Run(run) => return run::run(run, &client, json).await,
         Command::List { filter } => {
-            let mut all = Vec::new();
-            let mut next = String::new();
-            loop {
-                let filter = filter.as_deref().map(|f| format!("&filter={}", escape(f))).unwrap_or_default();
-                let page: Value = client.get(&format!("/v1/instances?next_token={next}{filter}")).await?;
-                all.extend(page["items"].as_array().cloned().unwrap_or_default());
-                match page["next_token"].as_str() {
-                    Some(token) => next = escape(token),
-                    None => break,
-                }
-            }
+            let all = resource::all(&client, "/v1/instances", filter.as_deref()).await?;
             show_all(&all, json)?;
         }
         Command::Show { id } => {

@@ -19,6 +19,7 @@ use crate::model::id;
   pulau instance run --image minimal
   pulau instance run --image debian --type large --key-name me --tag Name=web --wait
   pulau instance run --image debian --type custom --cpus 3 --memory 1536M --user-data setup.sh
+  pulau instance run --image minimal --volume size=10 --volume id=vol-0123456789abcdef0
   pulau instance run --image minimal --count 10 --json")]
 pub struct Args {
     /// Id or name of an image.
@@ -53,6 +54,10 @@ pub struct Args {
     /// Size of the root disk in GiB; only what is written takes space.
     #[arg(long, value_name = "GIB")]
     root_size: Option<u64>,
+    /// A disk besides the root disk: `id=VOLUME`, one that exists, or `size=GIB`, `snapshot=SNAPSHOT`, a new one, which
+    /// is deleted with the instance. `,keep` keeps a new one, `,delete` deletes an old one. May be repeated.
+    #[arg(long = "volume", value_name = "VOLUME")]
+    volumes: Vec<VolumeArg>,
     /// A tag; may be repeated. `Name` is the host name, too, where it can be.
     #[arg(long = "tag", value_name = "KEY=VALUE", value_parser = tag)]
     tags: Vec<(String, String)>,
@@ -89,6 +94,30 @@ impl Custom {
     }
 }
 
+/// A volume, as the API takes it.
+#[derive(Clone, Debug)]
+struct VolumeArg(Value);
+
+impl std::str::FromStr for VolumeArg {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        const FORM: &str = "expected id=VOLUME, size=GIB or snapshot=SNAPSHOT, and maybe ,keep or ,delete";
+        let mut volume = json!({});
+        for part in text.split(',') {
+            match part.split_once('=') {
+                Some(("id", id)) => volume["volume_id"] = id.into(),
+                Some(("snapshot", id)) => volume["snapshot_id"] = id.into(),
+                Some(("size", gib)) => volume["size_gib"] = gib.parse::<u64>().map_err(|_| FORM)?.into(),
+                None if part == "keep" => volume["delete_on_termination"] = false.into(),
+                None if part == "delete" => volume["delete_on_termination"] = true.into(),
+                _ => return Err(FORM),
+            }
+        }
+        Ok(VolumeArg(volume))
+    }
+}
+
 fn tag(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
@@ -117,6 +146,7 @@ pub async fn run(args: &Args, client: &Client, json: bool) -> anyhow::Result<Exi
         "private_address": args.private_address,
         "security_groups": args.security_groups,
         "root_size_gib": args.root_size,
+        "volumes": args.volumes.iter().map(|volume| volume.0.clone()).collect::<Vec<_>>(),
         "tags": tags,
         "termination_protection": args.termination_protection,
         "shutdown_behavior": if args.terminate_on_shutdown { "terminate" } else { "stop" },
@@ -175,5 +205,24 @@ impl ModifyArgs {
             "termination_protection": self.termination_protection,
             "tags": tags,
         }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn volumes_are_of_parts() {
+        let parse = |text: &str| text.parse::<VolumeArg>().map(|volume| volume.0);
+        assert_eq!(
+            parse("id=vol-1,delete"),
+            Ok(json!({"volume_id": "vol-1", "delete_on_termination": true}))
+        );
+        let new = json!({"size_gib": 5, "snapshot_id": "snap-1", "delete_on_termination": false});
+        assert_eq!(parse("size=5,snapshot=snap-1,keep"), Ok(new));
+        for bad in ["", "vol-1", "size=x", "id=vol-1,nothing", "colour=red"] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
     }
 }

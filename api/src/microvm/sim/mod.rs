@@ -25,6 +25,7 @@ use tokio::time::Instant;
 use super::handle::MicroVm;
 use super::home::HomeError;
 use super::process::Exit;
+use super::request::State;
 use super::spec::Spec;
 use super::usage::Usage;
 
@@ -169,6 +170,13 @@ impl Simulation {
     /// The metadata a guest sees.
     pub fn metadata(&self, id: &str) -> Option<Value> {
         self.of(id, |guest| guest.metadata.clone())
+    }
+
+    /// Whether a microVM that was started runs or is paused.
+    pub fn state(&self, id: &str) -> Option<State> {
+        let look = self.of(id, |guest| (guest.started.is_some(), guest.paused));
+        look.filter(|(started, _)| *started)
+            .map(|(_, paused)| if paused { State::Paused } else { State::Running })
     }
 
     /// What a microVM was made of.
