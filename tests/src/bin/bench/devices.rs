@@ -51,6 +51,7 @@ pub fn run(contenders: &[Contender], runs: usize) -> Result<Report> {
             }
         }
         for (name, kind, arguments) in JOBS {
+            settle()?;
             let command = fio(&disk.to_string_lossy(), 0, arguments);
             let output = Command::new("sh").args(["-c", &command]).output().context("fio")?;
             ensure!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
@@ -77,6 +78,7 @@ fn measure(
     vmm.boot()?;
     vmm.sh(HIDE_CACHES)?;
     for (name, kind, arguments) in JOBS {
+        settle()?;
         let output = vmm.sh(&fio("/dev/vdb", 1, arguments)).with_context(|| format!("{name} {engine}"))?;
         for (what, unit, value) in figures(&output, kind)? {
             add(&format!("{name} {engine}{what}"), unit, value);
@@ -85,11 +87,17 @@ fn measure(
     Ok(())
 }
 
+/// Writes back what the job before left in the host's page cache, or whoever comes next is made to wait for it.
+fn settle() -> Result<()> {
+    ensure!(Command::new("sync").status().context("sync")?.success(), "sync failed");
+    Ok(())
+}
+
 /// `direct`: past the guest's page cache. On the host it is the page cache that is read, as by the VMMs.
 fn fio(file: &str, direct: u8, arguments: &str) -> String {
     let length = if counted() { "--number_ios=2000" } else { "--time_based --runtime=2 --ramp_time=0.5" };
     format!(
-        "fio --name=job --filename={file} --direct={direct} --ioengine=libaio {length} --norandommap \
+        "fio --name=job --filename={file} --direct={direct} --invalidate=0 --ioengine=libaio {length} --norandommap \
          --output-format=json {arguments}"
     )
 }

@@ -74,10 +74,23 @@ fn server() -> Result<Server> {
     let mut command = Command::new("iperf3");
     command.arg("--server").stdin(Stdio::null()).stdout(Stdio::null());
     let server = Server(command.spawn().context("iperf3 on the host")?);
-    while std::net::TcpStream::connect(("127.0.0.1", 5201)).is_err() {
+    // Not by connecting: the server takes that for a client, and serves one at a time.
+    while !listens(5201) {
         std::thread::sleep(std::time::Duration::from_millis(10));
     }
     Ok(server)
+}
+
+/// Whether somebody listens on TCP `port` in this network namespace (proc_net_tcp(5): state 0A).
+fn listens(port: u16) -> bool {
+    let port = format!(":{port:04X}");
+    ["tcp", "tcp6"].into_iter().any(|family| {
+        let text = std::fs::read_to_string(format!("/proc/thread-self/net/{family}")).unwrap_or_default();
+        text.lines().any(|line| {
+            let mut words = line.split_whitespace().skip(1);
+            words.next().is_some_and(|local| local.ends_with(&port)) && words.nth(1) == Some("0A")
+        })
+    })
 }
 
 /// Runs iperf3's client with `client`, which is where the other end is.
@@ -86,9 +99,9 @@ fn throughput(
     add: &mut dyn FnMut(&str, &'static str, f64),
     client: &mut dyn FnMut(&str) -> Result<String>,
 ) -> Result<()> {
-    let length = if counted() { "--bytes 64M" } else { "--time 3 --omit 1" };
+    let length = if counted() { "--bytes 256M" } else { "--time 3 --omit 1" };
     for (name, arguments) in [("TCP guest to host", ""), ("TCP host to guest", "--reverse")] {
-        // The server may still be busy with the probe for it, or with the test before.
+        // The server may still be busy with the test before.
         let command = format!(
             "for i in 1 2 3 4 5; do iperf3 --json {length} {arguments} --client {address} && exit; sleep 1; \
              done; exit 1"

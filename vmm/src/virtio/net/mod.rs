@@ -434,9 +434,6 @@ impl Net {
             if done - shown > SHOW {
                 shown = done;
                 active.rx.publish()?;
-                if active.rx.needs_interrupt()? {
-                    active.interrupt.queue();
-                }
             }
         }
         active.rx.publish()?;
