@@ -100,6 +100,8 @@ impl Registry {
             .arg(&file)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
+            // It logs what it has not.
+            .stderr(Stdio::null())
             .spawn()
             .expect("docker-registry starts");
         let registry = Registry { child, address, _dir: dir };

@@ -2,10 +2,10 @@
 
 use std::time::Instant;
 
-use pulau_tests::artifact;
 use pulau_tests::container::{ContainerImage, PROGRAM, Registry};
 use pulau_tests::daemon::Daemon;
 use pulau_tests::network::in_empty_network;
+use pulau_tests::{PATIENCE, artifact, wait_for};
 use serde_json::Value;
 
 fn id(item: &Value) -> String {
@@ -36,7 +36,7 @@ fn refused(daemon: &Daemon, arguments: &[&str]) -> String {
 #[test]
 fn a_volume_goes_from_one_guest_to_another_and_a_snapshot_stays_as_it_was() {
     in_empty_network(|| {
-        let daemon = Daemon::start();
+        let mut daemon = Daemon::start();
         let data = id(&first(&daemon, &["volume", "create", "--size", "1", "--tag", "Name=data"]));
         let a = daemon.run(&["--volume", &format!("id={data}")]);
         assert_eq!(daemon.sh(&a, "cat /sys/block/vdc/serial").trim(), data.replace('-', ""));
@@ -51,6 +51,18 @@ fn a_volume_goes_from_one_guest_to_another_and_a_snapshot_stays_as_it_was() {
         eprintln!("snapshot of a running instance: {:?}", begun.elapsed());
         assert_eq!(daemon.sh(&a, "cat /proc/sys/kernel/random/boot_id"), boot);
         daemon.sh(&a, "echo later > /mnt/vdc/file; umount /mnt/vdc");
+
+        // A daemon that dies while the guest is paused for a copy: the next one has it go on, and there is no copy.
+        daemon.kill();
+        daemon.restart(&[("PULAU_FAULT", "disk.held:1")]);
+        let _ = daemon.try_pulau(&["snapshot", "create", &data]);
+        wait_for("the daemon to die", PATIENCE, || daemon.has_died().then_some(()));
+        daemon.restart(&[]);
+        assert_eq!(daemon.sh(&a, "cat /proc/sys/kernel/random/boot_id"), boot);
+        let cut_short = first(&daemon, &["snapshot", "list", "--filter", "state=error"]);
+        assert_eq!(cut_short["state_reason"]["code"], "Server.Interrupted", "{cut_short}");
+        let files = std::fs::read_dir(daemon.path("data/snapshots")).expect("snapshots").flatten();
+        assert_eq!(files.filter(|file| file.path().is_file()).count(), 1);
 
         assert!(refused(&daemon, &["volume", "detach", &data]).contains("IncorrectInstanceState"));
         assert!(refused(&daemon, &["volume", "delete", &data]).contains("VolumeInUse"));
@@ -82,7 +94,7 @@ fn a_volume_goes_from_one_guest_to_another_and_a_snapshot_stays_as_it_was() {
             all["items"].as_array().expect("a list").clone()
         };
         // The root disk of `a`, and the volume.
-        pulau_tests::wait_for("the disks to go", pulau_tests::PATIENCE, || (left().len() == 2).then_some(()));
+        wait_for("the disks to go", PATIENCE, || (left().len() == 2).then_some(()));
         let kept = first(&daemon, &["volume", "list", "--filter", &format!("id={data}")]);
         assert_eq!(kept["state"], "available", "{kept}");
         daemon.pulau(&["volume", "delete", &data]);

@@ -12,6 +12,7 @@ use tokio::sync::OwnedMutexGuard;
 
 use super::Service;
 use super::error::Error;
+use crate::fault;
 use crate::microvm::{MicroVm, Reason, RequestError};
 use crate::model::Kind;
 
@@ -39,7 +40,10 @@ impl Service {
         if vm.started().await.is_ok() {
             flush(&vm).await;
             match vm.pause().await {
-                Ok(()) => return Ok(Held { _disks, paused: Some(vm) }),
+                Ok(()) => {
+                    fault::point("disk.held");
+                    return Ok(Held { _disks, paused: Some(vm) });
+                }
                 Err(RequestError::NotRunning) => {}
                 Err(error) => return Err(error.into()),
             }
