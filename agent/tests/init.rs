@@ -487,6 +487,56 @@ fn another_init_takes_over_after_the_set_up() {
     connection.health().unwrap();
 }
 
+/// `auto` is systemd where it runs the agent, and the agent itself anywhere else.
+#[test]
+fn an_image_with_an_init_of_its_own_gets_it_only_if_the_agent_is_its_service() {
+    if !is_root() {
+        return;
+    }
+    const OTHER: &str = "#!/bin/sh\n/sbin/init --service --listen unix:/run/agent.sock &\n\
+        while :; do sleep 1; done\n";
+    let systemd = |root: &Path| {
+        fs::create_dir_all(root.join("lib/systemd")).unwrap();
+        fs::write(root.join("lib/systemd/systemd"), OTHER).unwrap();
+        fs::set_permissions(root.join("lib/systemd/systemd"), fs::Permissions::from_mode(0o755)).unwrap();
+    };
+    let alone = Guest::boot_with("pulau.init=auto", systemd);
+    assert_eq!(alone.connect().agent().role, Role::Init);
+    assert_eq!(alone.problems(), [""; 0]);
+    let both = Guest::boot_with("pulau.init=auto", |root| {
+        systemd(root);
+        fs::create_dir_all(root.join("usr/lib/systemd/system")).unwrap();
+        fs::write(root.join("usr/lib/systemd/system/pulau-agent.service"), "").unwrap();
+    });
+    assert_eq!(both.connect().agent().role, Role::Service);
+}
+
+#[test]
+fn the_first_boot_of_an_instance_runs_what_is_there_for_it() {
+    if !is_root() {
+        return;
+    }
+    let with = |cmdline: &str, known: &str, script: &str| {
+        Guest::boot_with(&format!("pulau.overlay=tmpfs {cmdline}"), |root| {
+            fs::create_dir_all(root.join("usr/lib/pulau")).unwrap();
+            fs::create_dir_all(root.join("var/lib/pulau")).unwrap();
+            fs::write(root.join("var/lib/pulau/instance"), known).unwrap();
+            let program = root.join("usr/lib/pulau/first-boot");
+            fs::write(&program, format!("#!/bin/sh\n{script}\n")).unwrap();
+            fs::set_permissions(program, fs::Permissions::from_mode(0o755)).unwrap();
+        })
+    };
+    let runs = "echo ran for $1 >/ran";
+    let look = "cat /ran /var/lib/pulau/instance 2>/dev/null || :";
+    let new = with("pulau.instance=i-2", "i-1", runs);
+    assert_eq!(new.says(look), "ran for i-2\ni-2");
+    assert_eq!(with("pulau.instance=i-1", "i-1", runs).says(look), "i-1");
+    assert_eq!(with("", "i-1", runs).says(look), "i-1");
+    let fails = with("pulau.instance=i-2", "i-1", "echo no such luck >&2; exit 3");
+    assert_eq!(fails.problems(), ["first boot: /usr/lib/pulau/first-boot: exit status: 3: no such luck"]);
+    assert_eq!(fails.says(look), "i-1", "it is tried again");
+}
+
 #[test]
 fn the_agent_does_not_take_over_from_itself() {
     if !is_root() {

@@ -21,9 +21,12 @@ pub struct BootOptions {
     pub network: Vec<NetworkConfig>,
     /// `pulau.console=shell`: keep a shell running on the console, without a login.
     pub console_shell: bool,
-    /// `pulau.init=/path`: after mounts, overlay and network, become this program instead of serving as
-    /// PID 1 (for systemd; the agent then runs as its service).
-    pub init: Option<String>,
+    /// `pulau.init=auto` or `pulau.init=/path`: after mounts, overlay and network, become another program
+    /// instead of serving as PID 1 (for systemd; the agent then runs as its service).
+    pub init: Option<Init>,
+    /// `pulau.instance=ID`: which instance this is, known by letters, digits and `-`. At its first boot the agent
+    /// runs the root file system's `/usr/lib/pulau/first-boot`, if there is one, with the id as its argument.
+    pub instance: Option<String>,
     /// `pulau.listen=…`: where the agent listens instead of vsock port 1024; `vsock:PORT` or `unix:/path`.
     pub listen: Option<String>,
 }
@@ -35,6 +38,15 @@ pub enum Overlay {
     Tmpfs,
     /// Onto this block device, which holds an ext4 file system.
     Device(String),
+}
+
+/// What becomes PID 1 after the agent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Init {
+    /// systemd, if the root file system has it with the agent as its service; else the agent stays.
+    Auto,
+    /// This program.
+    Program(String),
 }
 
 impl BootOptions {
@@ -67,13 +79,21 @@ impl BootOptions {
             ("ip", text) => self.network.push(text.parse().map_err(|e| format!("{e}"))?),
             ("console", "shell") => self.console_shell = true,
             ("console", _) => return Err("must be shell".to_owned()),
-            ("init", path) if path.starts_with('/') => self.init = Some(path.to_owned()),
-            ("init", _) => return Err("must be an absolute path".to_owned()),
+            ("init", "auto") => self.init = Some(Init::Auto),
+            ("init", path) if path.starts_with('/') => self.init = Some(Init::Program(path.to_owned())),
+            ("init", _) => return Err("must be auto or an absolute path".to_owned()),
+            ("instance", id) if is_instance(id) => self.instance = Some(id.to_owned()),
+            ("instance", _) => return Err("must be 1 to 64 letters, digits or -".to_owned()),
             ("listen", address) if !address.is_empty() => self.listen = Some(address.to_owned()),
             _ => return Err("no such option".to_owned()),
         }
         Ok(())
     }
+}
+
+/// Whether this can be an instance's id.
+fn is_instance(id: &str) -> bool {
+    (1..=64).contains(&id.len()) && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
 }
 
 impl fmt::Display for BootOptions {
@@ -92,7 +112,11 @@ impl fmt::Display for BootOptions {
         if self.console_shell {
             words.push("pulau.console=shell".to_owned());
         }
-        words.extend(self.init.iter().map(|path| format!("pulau.init={path}")));
+        words.extend(self.init.iter().map(|init| match init {
+            Init::Auto => "pulau.init=auto".to_owned(),
+            Init::Program(path) => format!("pulau.init={path}"),
+        }));
+        words.extend(self.instance.iter().map(|id| format!("pulau.instance={id}")));
         words.extend(self.listen.iter().map(|address| format!("pulau.listen={address}")));
         f.write_str(&words.join(" "))
     }
@@ -110,19 +134,23 @@ mod tests {
             hostname: Some("web-1".into()),
             network: vec!["10.0.0.2/24,gw=10.0.0.1".parse().unwrap(), "dev=eth1,fd00::2/64".parse().unwrap()],
             console_shell: true,
-            init: Some("/lib/systemd/systemd".into()),
+            init: Some(Init::Program("/lib/systemd/systemd".into())),
+            instance: Some("i-0123456789abcdef0".into()),
             listen: Some("vsock:2000".into()),
         };
         let line = format!("console=ttyS0 {options} quiet\n");
         assert_eq!(BootOptions::parse(&line), (options, vec![]));
+        let auto = BootOptions { init: Some(Init::Auto), ..Default::default() };
+        assert_eq!(BootOptions::parse(&auto.to_string()), (auto, vec![]));
     }
 
     #[test]
     fn what_is_wrong_is_reported_and_the_rest_still_counts() {
-        let (options, problems) =
-            BootOptions::parse("pulau.overlay=/etc/passwd pulau.ip=10.0.0.2 pulau.wat pulau.overlay=tmpfs");
+        let (options, problems) = BootOptions::parse(
+            "pulau.overlay=/etc/passwd pulau.ip=10.0.0.2 pulau.wat pulau.overlay=tmpfs pulau.instance=../x",
+        );
         assert_eq!(options, BootOptions { overlay: Some(Overlay::Tmpfs), ..Default::default() });
-        assert_eq!(problems.len(), 3);
+        assert_eq!(problems.len(), 4);
         assert!(problems[0].contains("pulau.overlay=/etc/passwd: must be tmpfs or a device"), "{problems:?}");
         assert!(problems[1].contains("10.0.0.2"), "{problems:?}");
         assert!(problems[2].contains("no such option"), "{problems:?}");

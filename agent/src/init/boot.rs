@@ -10,11 +10,11 @@ use std::process::Command;
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
 use nix::time::{ClockId, clock_gettime};
-use pulau_agent_protocol::boot::BootOptions;
+use pulau_agent_protocol::boot::{BootOptions, Init};
 use pulau_agent_protocol::message::{BootPhase, Role};
 
 use super::supervise::{restore_signals, signals};
-use super::{boot_timer, modules, mounts, overlay};
+use super::{boot_timer, first_boot, modules, mounts, overlay};
 use crate::agent::Agent;
 use crate::listen::{Address, Listener};
 use crate::{logging, net, system};
@@ -64,7 +64,12 @@ pub fn boot(signals_before: &SigSet) -> Booted {
     }
     boot.phase("network");
 
-    if let Some(init) = &options.init {
+    if let Some(instance) = &options.instance {
+        if boot.attempt("first boot", first_boot::run(instance)) == Some(true) {
+            boot.phase("first-boot");
+        }
+    }
+    if let Some(init) = options.init.as_ref().and_then(program) {
         let why = hand_over(init, signals_before);
         boot.problem(format!("pulau.init={init}: {why}"));
     }
@@ -80,6 +85,21 @@ pub fn boot(signals_before: &SigSet) -> Booted {
     let listener = boot.attempt(&format!("listen on {address}"), listener);
     boot.phase("ready");
     Booted { agent: boot.agent, listener, options }
+}
+
+/// systemd, and what it has where the agent is its service.
+const SYSTEMD: &str = "/lib/systemd/systemd";
+const SERVICE: &str = "/usr/lib/systemd/system/pulau-agent.service";
+
+/// The program to become; none if the agent is to stay.
+fn program(init: &Init) -> Option<&str> {
+    match init {
+        Init::Program(path) => Some(path),
+        // Without the service nobody would ever reach the agent.
+        Init::Auto => {
+            [SYSTEMD, SERVICE].iter().all(|file| fs::exists(file).unwrap_or(false)).then_some(SYSTEMD)
+        }
+    }
 }
 
 /// Becomes the other init; returns why that failed.

@@ -11,6 +11,7 @@
 mod boot;
 mod boot_timer;
 mod console;
+mod first_boot;
 mod modules;
 mod mounts;
 mod overlay;
