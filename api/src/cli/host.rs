@@ -144,7 +144,13 @@ fn show(event: &Value, json: bool) -> anyhow::Result<()> {
         none if none.is_empty() => "-".to_owned(),
         state => state,
     };
-    let change = format!("{} → {}", state("/old_state"), state("/state"));
+    let change = if event["old_state"] == event["state"] {
+        ["vmm", "agent", "network"]
+            .map(|check| format!("{check} {}", state(&format!("/status/{check}"))))
+            .join(", ")
+    } else {
+        format!("{} → {}", state("/old_state"), state("/state"))
+    };
     let [revision, id, reason] = ["/revision", "/id", "/reason/message"].map(|pointer| cell(event, pointer));
     let line = format!("{revision:>8}  {id:<21}  {change:<27}  {reason}");
     print(&format!("{}\n", line.trim_end()))

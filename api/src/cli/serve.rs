@@ -44,6 +44,9 @@ pub struct Args {
     /// How long a guest may take to stop before it is killed, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     stop_timeout: u64,
+    /// Between two looks at whether an instance answers, in seconds. Three in vain, and it is impaired.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, env = "PULAU_CHECK_INTERVAL", value_parser = clap::value_parser!(u64).range(1..))]
+    check_interval: u64,
     /// Run VMMs without a jail, as the daemon's user, for development. Needs only /dev/kvm.
     #[arg(long)]
     no_jail: bool,
@@ -91,6 +94,7 @@ fn config(args: &Args) -> anyhow::Result<Config> {
             vcpus: args.vcpus.unwrap_or_else(|| processors.saturating_mul(4)),
             memory_mib,
             stop_within: Duration::from_secs(args.stop_timeout),
+            check_every: Duration::from_secs(args.check_interval),
             ..Limits::default()
         },
         machines,

@@ -75,7 +75,7 @@ fn parse(text: &str) -> anyhow::Result<Option<Received>> {
     };
     Ok(match field("event") {
         Some("lost") => Some(Received::Lost),
-        Some("state") => Some(Received::State {
+        Some("state" | "status") => Some(Received::State {
             id: field("id").unwrap_or_default().to_owned(),
             event: serde_json::from_str(field("data").unwrap_or_default())?,
         }),

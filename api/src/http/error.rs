@@ -122,6 +122,7 @@ fn not_found(kind: Kind) -> &'static str {
         Kind::InstanceType => "InvalidInstanceType",
         Kind::KeyPair => "InvalidKeyPair.NotFound",
         Kind::Network => "InvalidNetworkID.NotFound",
+        Kind::Patch => "InvalidPatchID.NotFound",
         Kind::SecurityGroup => "InvalidGroup.NotFound",
         Kind::Snapshot => "InvalidSnapshot.NotFound",
         Kind::Token => "InvalidToken.NotFound",
@@ -136,7 +137,7 @@ fn exists(kind: Kind) -> &'static str {
         Kind::Network => "InvalidNetworkName.Duplicate",
         Kind::SecurityGroup => "InvalidGroup.Duplicate",
         Kind::Token => "InvalidToken.Duplicate",
-        Kind::Instance | Kind::InstanceType | Kind::Snapshot | Kind::Volume => "Duplicate",
+        Kind::Instance | Kind::InstanceType | Kind::Patch | Kind::Snapshot | Kind::Volume => "Duplicate",
     }
 }
 

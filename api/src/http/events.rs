@@ -21,19 +21,19 @@ use utoipa::ToSchema;
 use super::Api;
 use super::error::{ErrorBody, Refusal};
 use crate::files::Progress;
-use crate::model::{Image, Instance, Kind, Snapshot, StateReason, Volume};
+use crate::model::{Image, Instance, Kind, Patch, Snapshot, StateReason, StatusChecks, Volume};
 use crate::records::{AnyRecord, RecordChange};
 use crate::store::Revision;
 
 /// Events kept for clients that come back.
 const KEPT: usize = 4096;
 
-/// A change of state, or progress on the way to one.
+/// A change of state, progress on the way to one, or a change of what an instance's status checks say.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
 pub struct Event {
     /// Of the store; grows with every change.
     pub revision: Revision,
-    /// `instance`, `image`, `volume` or `snapshot`.
+    /// `instance`, `image`, `volume`, `snapshot` or `patch`.
     #[schema(value_type = String)]
     pub kind: Kind,
     /// Of what has changed.
@@ -50,6 +50,9 @@ pub struct Event {
     /// How far it is with becoming what it is to be.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub progress: Option<Progress>,
+    /// An instance's status checks, if they have changed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub status: Option<StatusChecks>,
     /// Number among the events of this revision.
     #[serde(skip)]
     index: u32,
@@ -60,7 +63,7 @@ impl Event {
         (self.revision, self.index)
     }
 
-    /// The change of state or progress in a change of a record, if there is one.
+    /// The change of state, progress or status in a change of a record, if there is one.
     fn of(change: &RecordChange) -> Option<Self> {
         let (kind, old, new) = match &change.record {
             AnyRecord::Instance { old, new } => {
@@ -75,11 +78,18 @@ impl Event {
             AnyRecord::Snapshot { old, new } => {
                 (Kind::Snapshot, old.as_deref().map(snapshot), new.as_deref().map(snapshot))
             }
+            AnyRecord::Patch { old, new } => {
+                (Kind::Patch, old.as_deref().map(patch), new.as_deref().map(patch))
+            }
             _ => return None,
         };
         let state = |look: &Option<Look>| look.as_ref().map(|look| look.state.to_owned());
         let before = old.as_ref().and_then(|look| look.progress);
         let progress = new.as_ref().and_then(|look| look.progress).filter(|now| before != Some(*now));
+        // What a new instance's say is nothing yet.
+        let before = old.as_ref().and_then(|look| look.status);
+        let status = new.as_ref().and_then(|look| look.status);
+        let status = status.filter(|now| before.is_some_and(|before| before != *now));
         let event = Event {
             revision: change.revision,
             kind,
@@ -88,13 +98,19 @@ impl Event {
             state: state(&new),
             reason: new.and_then(|look| look.reason),
             progress,
+            status,
             index: 0,
         };
-        (event.old_state != event.state || event.progress.is_some()).then_some(event)
+        let tells = event.old_state != event.state || event.progress.is_some() || event.status.is_some();
+        tells.then_some(event)
     }
 
     fn message(&self) -> Message {
-        let name = if self.old_state == self.state { "progress" } else { "state" };
+        let name = match (self.old_state == self.state, &self.progress) {
+            (false, _) => "state",
+            (true, Some(_)) => "progress",
+            (true, None) => "status",
+        };
         let data = serde_json::to_string(self).unwrap_or_default();
         Message::default().event(name).id(format!("{}-{}", self.revision, self.index)).data(data)
     }
@@ -105,24 +121,30 @@ struct Look {
     state: &'static str,
     reason: Option<StateReason>,
     progress: Option<Progress>,
+    status: Option<StatusChecks>,
 }
 
 fn instance(of: &Instance) -> Look {
-    Look { state: of.state.name(), reason: of.state_reason.clone(), progress: None }
+    let (state, reason) = (of.state.name(), of.state_reason.clone());
+    Look { state, reason, progress: None, status: Some(of.status) }
+}
+
+fn patch(of: &Patch) -> Look {
+    Look { state: of.state.name(), reason: None, progress: None, status: None }
 }
 
 fn image(of: &Image) -> Look {
     let code = of.state_code.clone().unwrap_or_else(|| "Server.ImportFailed".into());
     let reason = of.state_reason.clone().map(|message| StateReason { code, message });
-    Look { state: of.state.name(), reason, progress: of.progress }
+    Look { state: of.state.name(), reason, progress: of.progress, status: None }
 }
 
 fn volume(of: &Volume) -> Look {
-    Look { state: of.state.name(), reason: of.state_reason.clone(), progress: of.progress }
+    Look { state: of.state.name(), reason: of.state_reason.clone(), progress: of.progress, status: None }
 }
 
 fn snapshot(of: &Snapshot) -> Look {
-    Look { state: of.state.name(), reason: of.state_reason.clone(), progress: of.progress }
+    Look { state: of.state.name(), reason: of.state_reason.clone(), progress: of.progress, status: None }
 }
 
 /// Tells a client that it has missed something.

@@ -15,6 +15,7 @@ mod instances;
 mod list;
 mod metrics;
 mod middleware;
+mod patches;
 mod resources;
 mod snapshots;
 mod tokens;
@@ -132,6 +133,9 @@ fn described() -> (Router<Arc<Api>>, utoipa::openapi::OpenApi) {
         .routes(routes!(instances::metrics))
         .routes(routes!(instances::exec))
         .routes(routes!(instances::types))
+        .routes(routes!(patches::list, patches::create))
+        .routes(routes!(patches::get))
+        .routes(routes!(patches::cancel))
         .routes(routes!(tunnel::agent))
         .routes(routes!(tunnel::console))
         .routes(routes!(images::list, images::import))

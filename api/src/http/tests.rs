@@ -461,7 +461,7 @@ async fn events_tell_every_change_of_state_and_begin_where_one_left_off() {
         assert_eq!(response.headers()[header::CONTENT_TYPE], "text/event-stream");
         response.into_body()
     };
-    // Of instances; root disks have events of their own in between.
+    // The next change of an instance's state; root disks and status checks have events of their own in between.
     let next = async |body: &mut Body| loop {
         let frame = tokio::time::timeout(PATIENCE, body.frame()).await.unwrap().unwrap().unwrap();
         let text = String::from_utf8(frame.into_data().unwrap().to_vec()).unwrap();
@@ -469,8 +469,13 @@ async fn events_tell_every_change_of_state_and_begin_where_one_left_off() {
             text.lines().find_map(|line| line.strip_prefix(name)).map(|value| value.trim().to_owned())
         };
         let data: Value = serde_json::from_str(&field("data:").unwrap()).unwrap();
-        if data["kind"] == "instance" {
-            return (field("id:").unwrap(), data);
+        match field("event:").as_deref() {
+            _ if data["kind"] != "instance" => {}
+            Some("state") => return (field("id:").unwrap(), data),
+            Some("status") => {
+                assert!(data["status"]["agent"].is_string() && data["old_state"] == data["state"])
+            }
+            other => panic!("{other:?}"),
         }
     };
     let mut live = follow(None).await;

@@ -18,8 +18,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{Notify, OwnedMutexGuard};
-use tokio::time::{Instant as Moment, sleep, timeout};
+use tokio::time::{Instant as Moment, sleep};
 
+use super::checks::{HEALTHY_AFTER, IN_A_ROW, Looks, Recoveries};
 use super::error::Error;
 use super::host::Host;
 use super::lifecycle::{boot_anew, enter};
@@ -35,14 +36,6 @@ use crate::model::{
 const LONGEST_PAUSE: Duration = Duration::from_secs(300);
 /// Failures in a row after which the instance is stopped.
 const FAILURES: u32 = 5;
-/// A machine that ran this long has not failed in a row with the one before.
-const HEALTHY_AFTER: Duration = Duration::from_secs(600);
-/// A guest's agent that has not answered by then is impaired.
-const AGENT_WITHIN: Duration = Duration::from_secs(120);
-/// Between two looks at a guest.
-const CHECK_EVERY: Duration = Duration::from_secs(30);
-/// For one look.
-const CHECK_WITHIN: Duration = Duration::from_secs(10);
 /// After an error that is the host's, such as a full disk.
 const RETRY_AFTER: Duration = Duration::from_secs(5);
 
@@ -79,6 +72,7 @@ pub(super) struct Driver {
     current: tokio::sync::watch::Sender<Option<MicroVm>>,
     disks: Arc<tokio::sync::Mutex<()>>,
     failures: u32,
+    recoveries: Recoveries,
 }
 
 impl Driver {
@@ -87,7 +81,7 @@ impl Driver {
         current.send_replace(adopted.as_ref().map(|(vm, _)| vm.clone()));
         let machine =
             adopted.map(|(vm, generation)| Booted { vm, generation, since: Moment::now(), told: None });
-        Driver { host, id, wake, machine, current, disks, failures: 0 }
+        Driver { host, id, wake, machine, current, disks, failures: 0, recoveries: Recoveries::default() }
     }
 
     /// Drives until the instance's record is gone.
@@ -264,7 +258,8 @@ impl Driver {
             // Adopted: it was booted, but that was not written down.
             self.set_state(InstanceState::Running, None).await?;
         }
-        let mut wait = Duration::ZERO;
+        // Only an agent that is there can be missed: what was found to answer by the daemon before counts, too.
+        let mut looks = Looks::of(instance.status.agent == Check::Ok);
         loop {
             tokio::select! {
                 ending = vm.ended() => return self.ended(&ending, since).await,
@@ -278,9 +273,15 @@ impl Driver {
                     }
                     self.update_guest().await;
                 }
-                status = self.check(&vm, since, wait) => {
-                    wait = CHECK_EVERY;
-                    self.write_status(status, &vm, since, generation).await?;
+                look = looks.look(&vm, since, self.host.limits.check_every) => {
+                    if let Some(status) = looks.take(&look, self.host.wiring.is_connected()) {
+                        self.write_status(status, &vm, since, generation).await?;
+                    }
+                    if let Some(why) = looks.wedged()
+                        && self.recover(why, since, generation).await?
+                    {
+                        return Ok(());
+                    }
                 }
             }
         }
@@ -313,26 +314,30 @@ impl Driver {
         machine.told = (attached.is_ok() && put.is_ok()).then_some(wanted);
     }
 
-    async fn check(&self, vm: &MicroVm, since: Moment, wait: Duration) -> StatusChecks {
-        sleep(wait).await;
-        let within = if wait.is_zero() {
-            AGENT_WITHIN.saturating_sub(since.elapsed()).max(CHECK_WITHIN)
-        } else {
-            CHECK_WITHIN
-        };
-        let health = async {
-            let mut agent = vm.agent(within).await.ok()?;
-            tokio::task::spawn_blocking(move || agent.health()).await.ok()?.ok()
-        };
-        let health = timeout(within + CHECK_WITHIN, health).await.ok().flatten();
-        let network = match &health {
-            _ if !self.host.wiring.is_connected() => Check::NotApplicable,
-            None => Check::Unknown,
-            Some(health) if health.problems.iter().any(|problem| problem.contains("eth0")) => Check::Impaired,
-            Some(_) => Check::Ok,
-        };
-        let agent = if health.is_some() { Check::Ok } else { Check::Impaired };
-        StatusChecks { vmm: Check::Ok, agent, network }
+    /// Boots a guest anew that does not answer, if that is wanted and has not been tried too often. Whether it did.
+    async fn recover(&mut self, why: &str, since: Moment, generation: u64) -> Result<bool, Error> {
+        if !self.recoveries.may(since.elapsed()) {
+            return Ok(false);
+        }
+        let message = format!("{why} ({IN_A_ROW} times in a row): it was booted anew");
+        let mut recovers = false;
+        let modified = self.host.records.modify(&self.id, |instance: &mut Instance| {
+            let same = instance.desired == Desired::Running && instance.generation == generation;
+            recovers = same && instance.auto_recovery;
+            if recovers {
+                boot_anew(instance);
+                instance.state_reason = Some(reason::new(reason::UNRESPONSIVE, &message));
+            }
+            Ok::<_, Error>(())
+        });
+        modified.await?;
+        if recovers {
+            tracing::warn!(instance = self.id, "{message}");
+            self.recoveries.count();
+            // It would not hear that it is asked to.
+            self.end_machine(Stop::Force).await;
+        }
+        Ok(recovers)
     }
 
     async fn write_status(

@@ -23,6 +23,8 @@ pub struct Limits {
     pub stop_within: Duration,
     /// First pause before a failed machine is started again; it doubles each time.
     pub retry_after: Duration,
+    /// Between two looks at a guest that runs.
+    pub check_every: Duration,
     /// How long a terminated instance stays visible.
     pub terminated_visible: Duration,
 }
@@ -34,6 +36,7 @@ impl Default for Limits {
             memory_mib: 65_536,
             stop_within: Duration::from_secs(30),
             retry_after: Duration::from_secs(1),
+            check_every: Duration::from_secs(30),
             terminated_visible: Duration::from_secs(3600),
         }
     }

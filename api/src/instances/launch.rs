@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use pulau_agent_protocol::boot::{BootOptions, Overlay};
+use pulau_agent_protocol::boot::{BootOptions, Init, Overlay};
 use pulau_agent_protocol::network::NetworkConfig;
 use pulau_vmm::config::{
     BalloonConfig, BootSourceConfig, CacheType, ConfigError, DriveConfig, MachineConfig, MmdsConfig,
@@ -96,8 +96,13 @@ fn vm(host: &Host, instance: &Instance, manifest: &Manifest) -> Result<VmConfig,
     let network = host.records.get::<Network>(&instance.interface.network_id);
     let network = network.filter(|_| host.wiring.is_connected());
     let shared = matches!(manifest.root, Root::Erofs { .. });
+    let image_args = manifest.boot_args();
     let options = BootOptions {
         boot_timer: true,
+        // The image's word counts, if it has one.
+        init: (!image_args.contains("pulau.init=")).then_some(Init::Auto),
+        // Without a network there is no metadata to take at the first boot.
+        instance: network.is_some().then(|| instance.id.clone()),
         overlay: shared.then(|| Overlay::Device("/dev/vdb".into())),
         hostname: Some(instance.hostname.clone()),
         network: network.iter().map(|network| address(instance, network)).collect(),
@@ -109,7 +114,6 @@ fn vm(host: &Host, instance: &Instance, manifest: &Manifest) -> Result<VmConfig,
         mem_size_mib: instance.size.memory_mib,
         ..Default::default()
     })?;
-    let image_args = manifest.boot_args();
     vm.set_boot_source(BootSourceConfig {
         kernel_image_path: blobs.path(&manifest.kernel.digest),
         initrd_path: manifest.initrd.as_ref().map(|initrd| blobs.path(&initrd.digest)),

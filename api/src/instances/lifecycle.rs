@@ -42,6 +42,8 @@ pub struct ModifyInstance {
     #[serde(default)]
     pub termination_protection: Option<bool>,
     #[serde(default)]
+    pub auto_recovery: Option<bool>,
+    #[serde(default)]
     pub shutdown_behavior: Option<ShutdownBehavior>,
     /// All of them.
     #[serde(default)]
@@ -190,6 +192,7 @@ impl Service {
             }
             instance.termination_protection =
                 request.termination_protection.unwrap_or(instance.termination_protection);
+            instance.auto_recovery = request.auto_recovery.unwrap_or(instance.auto_recovery);
             instance.shutdown_behavior = request.shutdown_behavior.unwrap_or(instance.shutdown_behavior);
             Ok(())
         })

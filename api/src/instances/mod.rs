@@ -5,6 +5,7 @@
 //! adopts the microVMs that an earlier daemon left, and removes whatever belongs to nothing.
 
 mod capacity;
+mod checks;
 mod copies;
 mod create_image;
 mod driver;
@@ -22,6 +23,7 @@ mod launch;
 mod lifecycle;
 mod metadata;
 mod networks;
+mod patch;
 mod run;
 mod snapshots;
 mod volumes;
@@ -45,6 +47,7 @@ pub use images::ImportImage;
 pub use key_pairs::{CreateKeyPair, CreatedKeyPair};
 pub use lifecycle::{ModifyInstance, StopInstance};
 pub use networks::{CreateNetwork, CreateSecurityGroup, ModifyRules};
+pub use patch::PatchInstances;
 pub use run::{InstanceVolume, RunInstances};
 pub use snapshots::CreateSnapshot;
 pub use volumes::{AttachVolume, CreateVolume, ModifyVolume};
@@ -58,6 +61,8 @@ pub struct Service {
     dispatcher: Arc<Mutex<Option<JoinHandle<()>>>>,
     /// What goes on behind requests for disks and images.
     jobs: jobs::Jobs,
+    /// Tasks that see updates of guests through.
+    patching: Arc<Mutex<Vec<JoinHandle<()>>>>,
 }
 
 /// An instance with a driver.
@@ -76,8 +81,13 @@ impl Service {
     ///
     /// The host's directories cannot be read or cleaned, or the records not be written.
     pub async fn open(host: Host) -> Result<Self, Error> {
-        let service =
-            Service { host, drivers: Arc::default(), dispatcher: Arc::default(), jobs: Default::default() };
+        let service = Service {
+            host,
+            drivers: Arc::default(),
+            dispatcher: Arc::default(),
+            jobs: Default::default(),
+            patching: Arc::default(),
+        };
         let changes = service.host.records.subscribe();
         service.host.images.sweep()?;
         service.host.volumes.sweep()?;
@@ -90,6 +100,7 @@ impl Service {
         service.keep_volumes();
         let dispatcher = tokio::spawn(service.clone().dispatch(changes));
         *service.dispatcher.lock().unwrap_or_else(PoisonError::into_inner) = Some(dispatcher);
+        service.resume_patches();
         Ok(service)
     }
 
@@ -251,6 +262,8 @@ impl Service {
         }
         // Those that copy disks have their machines go on.
         self.jobs.end().await;
+        // Guests go on with theirs.
+        self.patching.lock().unwrap_or_else(PoisonError::into_inner).drain(..).for_each(|task| task.abort());
         let driven: Vec<Driven> = self.lock().drain().map(|(_, driven)| driven).collect();
         for driven in &driven {
             let machine = driven.machine.borrow().clone();

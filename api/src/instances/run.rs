@@ -19,6 +19,7 @@ use crate::image::Root;
 use crate::model::{
     Desired, Image, ImageState, Instance, InstanceState, InstanceType, Interface, Kind, Network,
     ShutdownBehavior, Size, Snapshot, StatusChecks, Volume, VolumeAttachment, VolumeState, check_tags, id,
+    yes,
 };
 use crate::network::addresses::{self, AddressError};
 use crate::network::is_label;
@@ -79,6 +80,9 @@ pub struct RunInstances {
     pub tags: BTreeMap<String, String>,
     #[serde(default)]
     pub termination_protection: bool,
+    /// Boot it anew when its VMM or its agent, having answered before, does not any more. True if absent.
+    #[serde(default = "yes")]
+    pub auto_recovery: bool,
     #[serde(default)]
     pub shutdown_behavior: ShutdownBehavior,
     /// Makes the request safe to send again, with the same answer.
@@ -289,6 +293,7 @@ fn plan(
             root_volume: root_volume.clone(),
             tags: request.tags.clone(),
             termination_protection: request.termination_protection,
+            auto_recovery: request.auto_recovery,
             shutdown_behavior: request.shutdown_behavior,
             status: StatusChecks::default(),
             boot: None,

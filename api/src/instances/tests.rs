@@ -17,6 +17,8 @@ use super::*;
 
 #[path = "chaos_tests.rs"]
 mod chaos;
+#[path = "patch_tests.rs"]
+mod patching;
 #[path = "storage_tests.rs"]
 mod storage;
 
@@ -43,6 +45,7 @@ pub(crate) async fn host(dir: &Path, simulation: &Simulation) -> Host {
             memory_mib: 2048,
             stop_within: Duration::from_secs(2),
             retry_after: Duration::from_millis(2),
+            check_every: Duration::from_millis(20),
             terminated_visible: Duration::from_secs(3600),
         }),
         logs: dir.to_owned(),
@@ -304,6 +307,56 @@ async fn a_daemon_that_is_gone_is_followed_by_one_that_takes_over() {
     reaches(&second, &runs, InstanceState::Stopped).await;
     // The record of a disk goes after the state of its instance has changed.
     until(&second, &gone, |_| second.host.records.read().volumes.len() == 3).await;
+}
+
+/// Time moves by itself here, and by leaps: it is bounded by the clock on the wall.
+async fn in_time(service: &Service, id: &str, mut holds: impl FnMut(&Instance) -> bool) -> Arc<Instance> {
+    let begun = std::time::Instant::now();
+    loop {
+        let instance = service.get(id).unwrap();
+        if holds(&instance) {
+            return instance;
+        }
+        assert!(begun.elapsed() < PATIENCE, "never came to it: {instance:?}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_does_not_answer_any_more_is_impaired_and_booted_anew() {
+    let (dir, simulation) = (tempfile::tempdir().unwrap(), Simulation::new());
+    let service = daemon(dir.path(), &simulation).await;
+    let mut events = service.host.records.subscribe();
+    let run = async |more| {
+        let id = service.run(request(more)).await.unwrap()[0].id.clone();
+        in_time(&service, &id, |i| i.status.agent == Check::Ok).await;
+        id
+    };
+    let recovers = run(serde_json::json!({})).await;
+    let stays = run(serde_json::json!({"auto_recovery": false})).await;
+    for id in [&recovers, &stays] {
+        simulation.inject(Fault::always(At::Agent, How::Fail("wedged".into()), &format!("{id}-1")));
+    }
+    in_time(&service, &stays, |i| i.status.agent == Check::Impaired).await;
+    let back = in_time(&service, &recovers, |i| i.generation == 2 && i.status.agent == Check::Ok).await;
+    assert_eq!((back.state, back.status.vmm), (InstanceState::Running, Check::Ok));
+    assert!(simulation.list().contains(&format!("{recovers}-2")));
+    let stayed = service.get(&stays).unwrap();
+    assert_eq!((stayed.generation, stayed.status.vmm), (1, Check::Ok));
+    // What was seen of it, in order.
+    let mut seen = Vec::new();
+    while let Ok(change) = events.try_recv() {
+        if let AnyRecord::Instance { new: Some(new), .. } = change.record
+            && new.id == recovers
+        {
+            seen.push((new.status.agent, new.state_reason.clone().map(|why| why.code)));
+        }
+    }
+    assert!(seen.contains(&(Check::Impaired, None)), "{seen:?}");
+    assert!(seen.contains(&(Check::Initializing, Some("Server.Unresponsive".into()))), "{seen:?}");
+    // A VMM that does not answer is as bad.
+    simulation.inject(Fault::always(At::Request, How::Fail("wedged".into()), &format!("{recovers}-2")));
+    in_time(&service, &recovers, |i| i.generation == 3 && i.status.vmm == Check::Ok).await;
 }
 
 #[tokio::test]

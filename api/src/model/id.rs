@@ -9,6 +9,7 @@ pub const IMAGE: &str = "img";
 pub const NETWORK: &str = "net";
 pub const SECURITY_GROUP: &str = "sg";
 pub const KEY_PAIR: &str = "key";
+pub const PATCH: &str = "patch";
 pub const VOLUME: &str = "vol";
 pub const SNAPSHOT: &str = "snap";
 pub const API_TOKEN: &str = "tok";

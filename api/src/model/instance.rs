@@ -51,6 +51,9 @@ pub struct Instance {
     pub termination_protection: bool,
     #[serde(default)]
     pub shutdown_behavior: ShutdownBehavior,
+    /// Whether it is booted anew when its VMM or its agent, having answered before, does not any more.
+    #[serde(default = "yes")]
+    pub auto_recovery: bool,
     pub status: StatusChecks,
     /// Of its last boot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -67,6 +70,11 @@ pub struct Instance {
     /// Position among those that one request ran.
     #[serde(default)]
     pub launch_index: u32,
+}
+
+/// What is on unless it is turned off.
+pub fn yes() -> bool {
+    true
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
@@ -142,6 +150,9 @@ pub mod reason {
     pub fn guest_initiated(message: &str) -> StateReason {
         new("Client.InstanceInitiatedShutdown", message)
     }
+
+    /// The code of a guest or VMM that stopped answering.
+    pub const UNRESPONSIVE: &str = "Server.Unresponsive";
 
     /// The host or the microVM failed.
     pub fn internal(message: impl Into<String>) -> StateReason {

@@ -14,6 +14,7 @@ mod instance_type;
 mod key_pair;
 mod name;
 mod network;
+mod patch;
 mod security_group;
 mod snapshot;
 mod volume;
@@ -23,12 +24,13 @@ pub use cordon::Cordon;
 pub use image::{Image, ImageSource, ImageState};
 pub use instance::{
     BootReport, Check, Desired, Instance, InstanceState, Interface, ShutdownBehavior, StateReason,
-    StatusChecks, reason,
+    StatusChecks, reason, yes,
 };
 pub use instance_type::{INSTANCE_TYPES, InstanceType, Size};
 pub use key_pair::KeyPair;
 pub use name::{NameError, check_name, check_tags};
 pub use network::Network;
+pub use patch::{InstancePatch, PackageChange, Patch, PatchState};
 pub use security_group::{Peer, Protocol, Rule, SecurityGroup};
 pub use snapshot::{Snapshot, SnapshotState};
 pub use volume::{Volume, VolumeAttachment, VolumeState};
@@ -42,6 +44,7 @@ pub enum Kind {
     InstanceType,
     KeyPair,
     Network,
+    Patch,
     SecurityGroup,
     Snapshot,
     Token,
@@ -57,6 +60,7 @@ impl Kind {
             Kind::InstanceType => "instance type",
             Kind::KeyPair => "key pair",
             Kind::Network => "network",
+            Kind::Patch => "patch",
             Kind::SecurityGroup => "security group",
             Kind::Snapshot => "snapshot",
             Kind::Token => "token",
@@ -72,6 +76,7 @@ impl Kind {
             Kind::InstanceType => "pulau instance types",
             Kind::KeyPair => "pulau key-pair list",
             Kind::Network => "pulau network list",
+            Kind::Patch => "pulau instance patches",
             Kind::SecurityGroup => "pulau security-group list",
             Kind::Snapshot => "pulau snapshot list",
             Kind::Token => "pulau token list",

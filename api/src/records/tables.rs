@@ -7,7 +7,9 @@ use chrono::{DateTime, Utc};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::model::{ApiToken, Cordon, Image, Instance, KeyPair, Network, SecurityGroup, Snapshot, Volume};
+use crate::model::{
+    ApiToken, Cordon, Image, Instance, KeyPair, Network, Patch, SecurityGroup, Snapshot, Volume,
+};
 use crate::store::{Change, Revision};
 
 /// Something kept in the store, as JSON, under `<PREFIX><id>`.
@@ -167,6 +169,7 @@ records! {
     instances: Instance, "instances/", id;
     key_pairs: KeyPair, "key-pairs/", id;
     networks: Network, "networks/", id;
+    patches: Patch, "patches/", id;
     security_groups: SecurityGroup, "security-groups/", id;
     snapshots: Snapshot, "snapshots/", id;
     tokens: Token, "tokens/", id;

@@ -2,9 +2,11 @@
 
 mod console;
 mod copy;
+mod patch;
 mod run;
 mod session;
 mod show;
+mod ssh;
 
 use std::process::ExitCode;
 
@@ -25,6 +27,7 @@ use show::summary;
   pulau instance list --filter state=running,tag:Name=web-*
   pulau instance exec i-0123456789abcdef0 -- uname -a
   pulau instance shell i-0123456789abcdef0
+  pulau instance ssh i-0123456789abcdef0 --identity ~/.ssh/pulau
   pulau instance stop i-0123456789abcdef0 --wait
   pulau instance terminate i-0123456789abcdef0"
 )]
@@ -104,7 +107,10 @@ enum Command {
     Console(console::Args),
     Exec(session::ExecArgs),
     Shell(session::ShellArgs),
+    Ssh(ssh::Args),
     Cp(copy::Args),
+    Patch(patch::Args),
+    Patches(patch::ListArgs),
     /// Show what an instance uses of the host.
     #[command(after_help = "Examples:
   pulau instance metrics i-0123456789abcdef0")]
@@ -175,6 +181,9 @@ async fn act(args: &Args, client: Client) -> anyhow::Result<ExitCode> {
         Command::Console(args) => console::run(args, &client).await?,
         Command::Exec(args) => return session::exec(args, &client, json).await,
         Command::Shell(args) => return Ok(session::shell(args, &client).await),
+        Command::Ssh(args) => return ssh::run(args, &client, json).await,
+        Command::Patch(args) => return patch::run(args, &client, json).await,
+        Command::Patches(args) => return patch::list_or_show(args, &client, json).await,
         Command::Cp(args) => copy::run(args, &client).await?,
         Command::Metrics { id } => print_json(&client.get::<Value>(&format!("{}/metrics", path(id))).await?)?,
         Command::Types => {

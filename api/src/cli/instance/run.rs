@@ -64,6 +64,9 @@ pub struct Args {
     /// Refuse to terminate it until this is taken back.
     #[arg(long)]
     termination_protection: bool,
+    /// Leave it as it is when its guest does not answer any more, rather than boot it anew.
+    #[arg(long)]
+    no_auto_recovery: bool,
     /// Terminate it when its guest powers itself off, rather than stop it.
     #[arg(long)]
     terminate_on_shutdown: bool,
@@ -149,6 +152,7 @@ pub async fn run(args: &Args, client: &Client, json: bool) -> anyhow::Result<Exi
         "volumes": args.volumes.iter().map(|volume| volume.0.clone()).collect::<Vec<_>>(),
         "tags": tags,
         "termination_protection": args.termination_protection,
+        "auto_recovery": !args.no_auto_recovery,
         "shutdown_behavior": if args.terminate_on_shutdown { "terminate" } else { "stop" },
         // A connection that breaks leaves open whether it was done; with a token it can be sent again.
         "client_token": args.client_token.clone().unwrap_or_else(|| id::new("run")),
@@ -189,6 +193,9 @@ pub struct ModifyArgs {
     tags: Vec<(String, String)>,
     #[arg(long, value_name = "BOOL")]
     termination_protection: Option<bool>,
+    /// Whether it is booted anew when its guest does not answer any more.
+    #[arg(long, value_name = "BOOL")]
+    auto_recovery: Option<bool>,
 }
 
 impl ModifyArgs {
@@ -203,6 +210,7 @@ impl ModifyArgs {
             "user_data": read_user_data(self.user_data.as_ref())?,
             "security_groups": given(&self.security_groups),
             "termination_protection": self.termination_protection,
+            "auto_recovery": self.auto_recovery,
             "tags": tags,
         }))
     }

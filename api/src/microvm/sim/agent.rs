@@ -2,7 +2,8 @@
 //! connection lasts.
 //!
 //! It says how it is, keeps files, ends the guest, and "runs" commands: the output is the command's words in a
-//! line, and then all of standard input; the exit code is that of a last word of digits after `exit`, else 0.
+//! line, and then all of standard input; the exit code is that of a last word of digits after `exit`, else 0. A test
+//! may say otherwise ([`Simulation::on_command`]).
 
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -156,14 +157,18 @@ impl Agent {
     fn exec(&mut self, request: &ExecRequest) -> io::Result<()> {
         let stdin_window = u32::try_from(STDIN_WINDOW).unwrap_or(u32::MAX);
         self.send(Kind::Event, &ExecEvent::Started { pid: 2, stdin_window })?;
-        let mut line = request.argv.join(" ");
-        let code = line.rsplit_once("exit ").and_then(|(_, code)| code.trim().parse().ok());
-        line.push('\n');
-        self.send_data(Kind::Stdout, line.as_bytes())?;
+        let commands = self.sim.lock().commands.clone();
+        let (text, code) =
+            commands.and_then(|commands| commands.0(&self.id, &request.argv)).unwrap_or_else(|| {
+                let line = request.argv.join(" ");
+                let code = line.rsplit_once("exit ").and_then(|(_, code)| code.trim().parse().ok());
+                (line + "\n", code.unwrap_or(0))
+            });
+        self.send_data(Kind::Stdout, text.as_bytes())?;
         if request.stdin {
             self.echo()?;
         }
-        self.send(Kind::Event, &ExecEvent::Exited { status: ExitStatus::Code(code.unwrap_or(0)) })
+        self.send(Kind::Event, &ExecEvent::Exited { status: ExitStatus::Code(code) })
     }
 
     /// Gives standard input back as output, to its end.

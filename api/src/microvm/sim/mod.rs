@@ -51,6 +51,20 @@ struct World {
     times: Times,
     guests: BTreeMap<String, Guest>,
     faults: Vec<Fault>,
+    commands: Option<Commands>,
+}
+
+/// What commands in guests do: from a microVM's name and the words of a command to its output and exit code. None
+/// leaves it at what they do anyway.
+type Answer = dyn Fn(&str, &[String]) -> Option<(String, i32)> + Send + Sync;
+
+#[derive(Clone)]
+struct Commands(Arc<Answer>);
+
+impl std::fmt::Debug for Commands {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Commands")
+    }
 }
 
 /// One microVM.
@@ -140,6 +154,14 @@ impl Simulation {
     /// Has something go wrong.
     pub fn inject(&self, fault: Fault) {
         self.lock().faults.push(fault);
+    }
+
+    /// From now on commands in guests do what this says.
+    pub fn on_command(
+        &self,
+        answer: impl Fn(&str, &[String]) -> Option<(String, i32)> + Send + Sync + 'static,
+    ) {
+        self.lock().commands = Some(Commands(Arc::new(answer)));
     }
 
     /// The next fault for `id` at `at`, used up.
