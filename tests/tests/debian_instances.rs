@@ -1,6 +1,7 @@
 //! Instances of the Debian image: they take their key and user data, let their user in by ssh, and update themselves.
 
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use pulau_tests::daemon::Daemon;
@@ -56,18 +57,38 @@ fn host_keys(daemon: &Daemon, id: &str) -> Vec<Value> {
     daemon.json(&["instance", "ssh", id])["host_keys"].as_array().expect("keys").clone()
 }
 
-const CLOUD_CONFIG: &str = "#cloud-config
+/// Updates instances; what came of it.
+fn patched(daemon: &Daemon, arguments: &[&str]) -> Value {
+    let begun = daemon.json(&[&["instance", "patch", "--no-wait"], arguments].concat());
+    let id = begun["id"].as_str().expect("an id");
+    wait_for("the update", LONG, || {
+        let patch = daemon.json(&["instance", "patches", id]);
+        std::thread::sleep(Duration::from_millis(500));
+        patch["finished"].is_string().then_some(patch)
+    })
+}
+
+/// A cloud-config and a script, as MIME parts.
+const USER_DATA: &str = r#"MIME-Version: 1.0
+Content-Type: multipart/mixed; boundary="part"
+
+--part
+Content-Type: text/cloud-config
+
+#cloud-config
 write_files:
 - path: /etc/made
   content: by cloud-config
 runcmd:
 - echo once >>/root/ran
-";
+--part
+Content-Type: text/x-shellscript
 
-const SCRIPT: &str = "#!/bin/sh
-echo once >>/root/ran
+#!/bin/sh
+echo script >>/root/ran
 whoami
-";
+--part--
+"#;
 
 /// A repository in the guest with a package of two versions, of which the first is installed: tests need no network.
 const REPOSITORY: &str = r#"set -e
@@ -84,6 +105,42 @@ const REPOSITORY: &str = r#"set -e
     echo 'deb [trusted=yes] file:/srv/repo ./' >/etc/apt/sources.list
     dpkg -i greet_1.deb >/dev/null"#;
 
+/// Pulau's own package, installed in a guest that has systemd. It has no KVM: the daemon starts all the same, and says
+/// what is; that VMMs outlive it is for the tests of adoption.
+fn packaged(daemon: &Daemon, id: &str) {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/package");
+    let made = Command::new(script).arg(daemon.path("package")).output().expect("it runs");
+    assert!(made.status.success(), "{made:?}");
+    let package = String::from_utf8(made.stdout).unwrap();
+    daemon.pulau(&["instance", "cp", package.trim(), &format!("{id}:/root/pulau.deb")]);
+    daemon.sh(id, "dpkg -i /root/pulau.deb 2>&1 && rm /root/pulau.deb");
+    assert_eq!(daemon.sh(id, "systemd-analyze verify pulau.service 2>&1"), "");
+    assert_eq!(
+        daemon.sh(id, "systemctl show -p KillMode,SubState pulau"),
+        "KillMode=process\nSubState=running\n"
+    );
+    let list = "pulau instance list; pulau doctor --check vmm >/dev/null; ls /usr/share/man/man1/pulau-instance-run.1.gz";
+    assert!(
+        daemon
+            .sh(id, list)
+            .ends_with("STATE  TYPE  ADDRESS  IMAGE\n/usr/share/man/man1/pulau-instance-run.1.gz\n")
+    );
+    daemon.sh(id, "pulau key-pair create kept >/dev/null");
+    daemon.sh(
+        id,
+        "echo 'PULAU_SERVE_OPTIONS=\"--simulate --vcpus 7\"' >/etc/default/pulau && systemctl restart pulau",
+    );
+    let host: Value = serde_json::from_str(&daemon.sh(id, "pulau host show --json")).expect("JSON");
+    assert_eq!(host["capacity"]["vcpus"], 7, "{host}");
+    assert!(daemon.sh(id, "pulau key-pair list").contains("kept"));
+    daemon.sh(id, "pkill -9 -x pulau; for i in $(seq 300); do pulau instance list 2>/dev/null && exit; sleep 0.1; done; exit 1");
+    daemon.sh(id, "dpkg -r pulau 2>&1");
+    assert_eq!(
+        daemon.sh(id, "systemctl is-active pulau || :; ls /var/lib/pulau/store.redb"),
+        "inactive\n/var/lib/pulau/store.redb\n"
+    );
+}
+
 #[test]
 fn debian_takes_keys_and_user_data_once_and_is_updated() {
     in_empty_network(|| {
@@ -98,36 +155,36 @@ fn debian_takes_keys_and_user_data_once_and_is_updated() {
             std::fs::write(&path, text).unwrap();
             path.to_string_lossy().into_owned()
         };
-        let configured =
-            start(&daemon, &["--user-data", &file("config", CLOUD_CONFIG), "--tag", "Name=conf"]);
-        let scripted = start(&daemon, &["--user-data", &file("script", SCRIPT)]);
-        for id in [&configured, &scripted] {
+        let configured = start(&daemon, &["--user-data", &file("data", USER_DATA), "--tag", "Name=conf"]);
+        let plain = start(&daemon, &[]);
+        for id in [&configured, &plain] {
             agent(&daemon, id, 1);
         }
 
         // By ssh, as the user whose key it is; with host keys that no other has.
         assert_eq!(ssh(&daemon, &configured, &key, "whoami; hostname; sudo whoami"), "debian\nconf\nroot\n");
-        assert_eq!(ssh(&daemon, &scripted, &key, "whoami"), "debian\n");
-        let (ours, theirs) = (host_keys(&daemon, &configured), host_keys(&daemon, &scripted));
+        assert_eq!(ssh(&daemon, &plain, &key, "whoami"), "debian\n");
+        let (ours, theirs) = (host_keys(&daemon, &configured), host_keys(&daemon, &plain));
         assert!(!ours.is_empty() && ours.iter().all(|key| !theirs.contains(key)), "{ours:?} {theirs:?}");
         let stranger = daemon.path("stranger");
         daemon.pulau(&["key-pair", "create", "other", "--output", stranger.to_str().unwrap()]);
-        let refused = ["instance", "ssh", &scripted, "-i", stranger.to_str().unwrap(), "--", "true"];
+        let refused = ["instance", "ssh", &plain, "-i", stranger.to_str().unwrap(), "--", "true"];
         assert_eq!(daemon.try_pulau(&refused).status.code(), Some(255));
 
-        // User data has run, both kinds of it.
-        for id in [&configured, &scripted] {
-            booted(&daemon, id, "done");
-            assert_eq!(ssh(&daemon, id, &key, "sudo cat /root/ran"), "once\n");
-        }
-        assert_eq!(daemon.sh(&configured, "cat /etc/made"), "by cloud-config");
-        assert!(daemon.sh(&scripted, "cat /var/log/cloud-init-output.log").contains("root\n"));
+        // User data has run, both kinds of it; cloud-init is off where there is none.
+        booted(&daemon, &configured, "done");
+        assert_eq!(
+            ssh(&daemon, &configured, &key, "sudo cat /root/ran /etc/made"),
+            "script\nonce\nby cloud-config"
+        );
+        assert!(daemon.sh(&configured, "cat /var/log/cloud-init-output.log").contains("root\n"));
+        booted(&daemon, &plain, "disabled");
+        packaged(&daemon, &plain);
 
         // Updates, one of which needs a reboot; at the next boot nothing is done again.
         let without = daemon.run(&[]);
-        daemon.sh(&scripted, REPOSITORY);
-        let report = daemon.try_pulau(&["instance", "patch", "--json", "--reboot", &scripted, &without]);
-        let report: Value = serde_json::from_slice(&report.stdout).expect("JSON");
+        daemon.sh(&configured, REPOSITORY);
+        let report = patched(&daemon, &["--reboot", &configured, &without]);
         let [updated, minimal] = &report["instances"].as_array().unwrap()[..] else { panic!("{report}") };
         assert_eq!(
             (&updated["state"], &updated["rebooted"]),
@@ -139,13 +196,16 @@ fn debian_takes_keys_and_user_data_once_and_is_updated() {
         assert!(updated["output"].as_str().unwrap().contains("Setting up greet (2)"), "{report}");
         assert_eq!(minimal["state"], "failed");
         assert!(minimal["message"].as_str().unwrap().contains("no package manager"), "{report}");
-        booted(&daemon, &scripted, "done");
-        assert_eq!(ssh(&daemon, &scripted, &key, "sudo cat /root/ran"), "once\n");
-        assert_eq!(host_keys(&daemon, &scripted), theirs);
+        booted(&daemon, &configured, "done");
+        assert_eq!(ssh(&daemon, &configured, &key, "sudo cat /root/ran"), "script\nonce\n");
+        assert_eq!(host_keys(&daemon, &configured), ours);
         // One that fails says why.
-        daemon.sh(&scripted, "echo 'deb [trusted=yes] file:/srv/nothing ./' >/etc/apt/sources.list");
-        let failed = daemon.try_pulau(&["instance", "patch", &scripted]);
-        let text = String::from_utf8_lossy(&failed.stdout);
-        assert!(failed.status.code() == Some(1) && text.contains("/srv/nothing"), "{failed:?}");
+        daemon.sh(&configured, "echo 'deb [trusted=yes] file:/srv/nothing ./' >/etc/apt/sources.list");
+        let report = patched(&daemon, &[&configured]);
+        let failed = &report["instances"][0];
+        assert!(
+            failed["state"] == "failed" && failed["output"].as_str().unwrap().contains("/srv/nothing"),
+            "{report}"
+        );
     });
 }

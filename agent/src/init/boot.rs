@@ -64,10 +64,10 @@ pub fn boot(signals_before: &SigSet) -> Booted {
     }
     boot.phase("network");
 
-    if let Some(instance) = &options.instance {
-        if boot.attempt("first boot", first_boot::run(instance)) == Some(true) {
-            boot.phase("first-boot");
-        }
+    if let Some(instance) = &options.instance
+        && boot.attempt("first boot", first_boot::run(instance)) == Some(true)
+    {
+        boot.phase("first-boot");
     }
     if let Some(init) = options.init.as_ref().and_then(program) {
         let why = hand_over(init, signals_before);

@@ -14,6 +14,7 @@ mod host;
 mod image;
 mod instance;
 mod key_pair;
+mod manual;
 mod microvm;
 mod network;
 mod progress;
@@ -61,6 +62,7 @@ enum Command {
   pulau openapi > api/openapi.json"
     )]
     Openapi,
+    Manual(manual::Args),
 }
 
 /// Parses the command line, runs the command, and returns the process's exit code.
@@ -79,6 +81,7 @@ pub fn main() -> ExitCode {
         Command::Doctor(args) => doctor::run(&args),
         Command::Microvm(args) => microvm::run(&args),
         Command::Completion(args) => completion::run(&args),
+        Command::Manual(args) => manual::run(&args),
         Command::Openapi => print_json(&crate::http::openapi()).map(|()| ExitCode::SUCCESS),
     };
     match result {

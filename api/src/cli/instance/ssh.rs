@@ -128,22 +128,22 @@ async fn reach(args: &Args, client: &Client, address: &str) -> anyhow::Result<Gu
     let deadline = Instant::now() + Duration::from_secs(args.timeout);
     let mut told = false;
     loop {
-        let looked = look(client, &args.id).await;
-        let guest = match &looked {
-            Ok(Some(guest)) => guest.clone(),
-            Ok(None) => bail!(
-                "instance {} has no ssh server in its image; `pulau instance shell` needs none",
-                args.id
-            ),
+        let (guest, lacks) = match look(client, &args.id).await {
+            Ok(Some(guest)) if guest.keys.is_empty() => (guest, Some("it has no host keys yet".to_owned())),
+            Ok(Some(guest)) => (guest, None),
+            Ok(None) => {
+                bail!(
+                    "instance {} has no ssh server in its image; `pulau instance shell` needs none",
+                    args.id
+                )
+            }
             // The daemon says no.
-            Err(error) if error.is::<Refused>() => return Err(looked.unwrap_err()),
+            Err(error) if error.is::<Refused>() => return Err(error),
             // A guest that has much to do while it boots may not answer in time.
-            Err(_) => Guest::default(),
+            Err(error) => (Guest::default(), Some(format!("{error:#}"))),
         };
-        let lacks = if let Err(error) = &looked {
-            format!("{error:#}")
-        } else if guest.keys.is_empty() {
-            "it has no host keys yet".to_owned()
+        let lacks = if let Some(lacks) = lacks {
+            lacks
         } else {
             let connecting = tokio::net::TcpStream::connect((address, PORT));
             match timeout(CONNECT_WITHIN, connecting).await {

@@ -6,7 +6,7 @@ set -u
 verb=$1 dir=/run/pulau-patch/$2
 export LC_ALL=C DEBIAN_FRONTEND=noninteractive
 # Packages and versions before and after, by name.
-versions='dpkg-query -W -f "\${db:Status-Abbrev} \${binary:Package} \${Version}\\n" | sed -n "s/^ii *//p"'
+versions='dpkg-query -W -f "\${db:Status-Abbrev} \${binary:Package} \${Version}\\n" | sed -n "s/^i[A-Za-z]* *//p"'
 update='set -e
     keep="-o Dpkg::Options::=--force-confdef -o Dpkg::Options::=--force-confold"
     # What an update before this one was cut short at.
