@@ -145,6 +145,34 @@ fn what_a_guest_does_to_itself_is_seen() {
     });
 }
 
+/// One whose agent is frozen is booted anew, and one that is to be left alone is only said to be impaired.
+#[test]
+fn a_guest_that_does_not_answer_any_more_is_booted_anew() {
+    in_empty_network(|| {
+        let mut daemon = Daemon::start();
+        daemon.stop();
+        daemon.restart(&[("PULAU_CHECK_INTERVAL", "1")]);
+        let recovers = daemon.run(&[]);
+        let stays = daemon.run(&["--no-auto-recovery"]);
+        for id in [&recovers, &stays] {
+            // The process that serves hosts is the parent of what it runs; it has answered when it is stopped.
+            daemon.sh(id, "setsid sh -c \"sleep 1; kill -STOP $PPID\" </dev/null >/dev/null 2>&1 &");
+        }
+        let check = |id: &str| daemon.show(id)["status"]["agent"].as_str().unwrap().to_owned();
+        wait_for("the frozen agent to be missed", PATIENCE, || (check(&stays) == "impaired").then_some(()));
+        wait_for("the recovery", PATIENCE, || {
+            daemon.machines().contains(&format!("{recovers}-2")).then_some(())
+        });
+        daemon.pulau(&["instance", "wait", &recovers, "running", "--agent", "--timeout", "120"]);
+        assert_eq!(daemon.sh(&recovers, "hostname").trim(), recovers);
+        assert!(daemon.machines().contains(&format!("{stays}-1")), "it is left as it is");
+        let events = daemon.pulau(&["host", "events"]);
+        let told = events.lines().find(|line| line.contains(&recovers) && line.contains("booted anew"));
+        assert!(told.is_some(), "{events}");
+        daemon.pulau(&["instance", "stop", &stays, "--force", "--wait"]);
+    });
+}
+
 /// What a group allows counts at once, for guests that run.
 #[test]
 fn a_security_group_lets_in_whom_it_names() {
