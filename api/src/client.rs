@@ -3,6 +3,7 @@
 pub mod events;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
 use http_body_util::{BodyExt as _, Full, Limited};
@@ -10,11 +11,14 @@ use hyper::body::{Bytes, Incoming};
 use hyper::client::conn::http1::handshake;
 use hyper::{Method, Request, Response, StatusCode, header};
 use hyper_util::rt::TokioIo;
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
+use tokio_rustls::TlsConnector;
 
 /// No answer is longer.
 const LONGEST_ANSWER: usize = 64 << 20;
@@ -24,8 +28,8 @@ const LONGEST_ANSWER: usize = 64 << 20;
 pub enum Endpoint {
     /// Its Unix socket.
     Socket(PathBuf),
-    /// `host:port`, and a token.
-    Tcp { address: String, token: Option<String> },
+    /// `host:port`, a token, and for TLS what is trusted.
+    Tcp { address: String, token: Option<String>, tls: Option<Arc<ClientConfig>> },
 }
 
 /// See the module's text.
@@ -62,6 +66,12 @@ impl Client {
     pub async fn text(&self, path: &str) -> anyhow::Result<String> {
         let body = self.send(Method::GET, path, None::<&()>).await?;
         Ok(String::from_utf8_lossy(&body).into_owned())
+    }
+
+    /// The body of an answer, as it comes.
+    pub async fn stream(&self, path: &str) -> anyhow::Result<Incoming> {
+        let response = self.request(Method::GET, path, None::<&()>).await?;
+        Ok(successful(response).await?.into_body())
     }
 
     async fn call<T: DeserializeOwned>(
@@ -145,10 +155,17 @@ impl Client {
                 })?;
                 exchange(stream, request).await
             }
-            Endpoint::Tcp { address, .. } => {
-                let stream = TcpStream::connect(address).await;
-                exchange(stream.with_context(|| format!("cannot reach the daemon at {address}"))?, request)
+            Endpoint::Tcp { address, tls, .. } => {
+                let context = || format!("cannot reach the daemon at {address}");
+                let stream = TcpStream::connect(address).await.with_context(context)?;
+                let Some(tls) = tls else { return exchange(stream, request).await };
+                let host = address.rsplit_once(':').map_or(address.as_str(), |(host, _)| host);
+                let name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned())?;
+                let connecting = TlsConnector::from(tls.clone()).connect(name, stream);
+                let stream = connecting
                     .await
+                    .with_context(|| format!("{}: is its certificate signed by one in --ca?", context()))?;
+                exchange(stream, request).await
             }
         }
     }

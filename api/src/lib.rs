@@ -15,6 +15,7 @@ pub mod programs;
 pub mod records;
 pub mod serve;
 pub mod store;
+pub mod tls;
 pub mod volume;
 
 use std::path::PathBuf;

@@ -23,6 +23,7 @@ use crate::microvm::Machines;
 use crate::network::{self, Fabric};
 use crate::records::Records;
 use crate::store::Embedded;
+use crate::tls;
 use crate::volume::Volumes;
 
 /// Requests under way when the daemon ends get so long.
@@ -38,6 +39,8 @@ pub struct Config {
     pub socket: PathBuf,
     /// Where others do, with tokens.
     pub listen: Option<SocketAddr>,
+    /// With TLS, if there is a certificate.
+    pub tls: Option<tls::Files>,
     pub limits: Limits,
     pub machines: Machines,
     /// `pulau-agent`, for images made of container images.
@@ -55,6 +58,14 @@ pub struct Config {
 pub async fn serve(config: Config) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    let identity = config.tls.clone().map(tls::Identity::read).transpose()?;
+    if let Some(address) = config.listen.filter(|address| identity.is_none() && !address.ip().is_loopback()) {
+        anyhow::bail!(
+            "--listen {address} would send tokens over the network for all to read: give --tls-cert and --tls-key, or \
+             listen on a loopback address, behind a proxy that speaks TLS or for those who come by SSH"
+        );
+    }
     let service = start(&config).await?;
     let api = Api::new(service.clone());
     let router = http::router(api.clone());
@@ -65,15 +76,30 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     if let Some(address) = config.listen {
         let tcp = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
         let address = tcp.local_addr()?;
-        tracing::info!("listening on http://{address}");
-        servers.push(tokio::spawn(serve_tcp(tcp, router, ended)));
+        match &identity {
+            Some(identity) => {
+                let listener = tls::Listener::new(tcp, identity.clone())?;
+                tracing::info!("listening on https://{address}");
+                tokio::spawn(identity.clone().follow());
+                servers.push(tokio::spawn(serve_tcp(listener, router, ended)));
+            }
+            None => {
+                tracing::info!("listening on http://{address}");
+                servers.push(tokio::spawn(serve_tcp(tcp, router, ended)));
+            }
+        }
     }
     tracing::info!("listening on {}", config.socket.display());
     tell_manager("READY=1");
 
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+            _ = hangup.recv() => if let Some(identity) = &identity {
+                identity.read_again();
+            },
+        }
     }
     tracing::info!("ending; instances run on");
     tell_manager("STOPPING=1");
@@ -148,7 +174,11 @@ async fn serve_unix(listener: UnixListener, router: Router, ended: watch::Receiv
     }
 }
 
-async fn serve_tcp(listener: TcpListener, router: Router, ended: watch::Receiver<bool>) {
+async fn serve_tcp<L>(listener: L, router: Router, ended: watch::Receiver<bool>)
+where
+    L: axum::serve::Listener,
+    L::Addr: std::fmt::Debug,
+{
     let router = router.layer(Extension(Door::Tcp));
     let served = axum::serve(listener, router).with_graceful_shutdown(until(ended)).await;
     if let Err(error) = served {

@@ -13,13 +13,25 @@ use crate::{PATIENCE, artifact, child, program, wait_for};
 pub struct Daemon {
     dir: TempDir,
     child: Option<Child>,
+    /// What `pulau serve` is told besides where its files are.
+    arguments: &'static [&'static str],
 }
 
 impl Daemon {
     /// Starts a daemon that has an image `minimal`. To be called in a thread with a network namespace of its
     /// own: see [`crate::network::in_empty_network`].
     pub fn start() -> Self {
-        let mut daemon = Self { dir: tempfile::tempdir().expect("temporary directory"), child: None };
+        Self::with(&["--vcpus", "16", "--memory", "3G", "--stop-timeout", "60"])
+    }
+
+    /// The same, with microVMs that are simulated, and room for any number of them.
+    pub fn simulated() -> Self {
+        Self::with(&["--simulate", "--vcpus", "100000", "--memory", "1000000G"])
+    }
+
+    fn with(arguments: &'static [&'static str]) -> Self {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let mut daemon = Self { dir, child: None, arguments };
         daemon.restart(&[]);
         let (kernel, root) = (artifact("PULAU_TEST_KERNEL"), artifact("PULAU_TEST_ROOTFS_MINIMAL"));
         let (kernel, root) = (kernel.to_string_lossy().into_owned(), root.to_string_lossy().into_owned());
@@ -31,7 +43,8 @@ impl Daemon {
     pub fn restart(&mut self, environment: &[(&str, &str)]) {
         let log = File::options().create(true).append(true).open(self.path("log")).expect("log file");
         let child = Command::new(program("pulau"))
-            .args(["serve", "--vcpus", "16", "--memory", "3G", "--stop-timeout", "60"])
+            .arg("serve")
+            .args(self.arguments)
             .arg("--data-dir")
             .arg(self.path("data"))
             .arg("--socket")
@@ -71,6 +84,11 @@ impl Daemon {
             let status = wait_for("the daemon to end", PATIENCE, || child.try_wait().expect("a child"));
             assert!(status.success(), "{status:?}\n{}", self.log());
         }
+    }
+
+    /// Its process number, while it runs.
+    pub fn pid(&self) -> u32 {
+        self.child.as_ref().expect("it runs").id()
     }
 
     /// Whether it has died, by itself.

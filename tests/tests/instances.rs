@@ -134,6 +134,17 @@ fn what_a_guest_does_to_itself_is_seen() {
     in_empty_network(|| {
         let daemon = Daemon::start();
         let id = daemon.run(&[]);
+        let exec = |count: u32| {
+            let body = json!({"argv": ["head", "-c", count.to_string(), "/dev/zero"]}).to_string();
+            let path = format!("/v1/instances/{id}/exec");
+            api::request(&daemon.path("api.sock"), "POST", &path, &body).expect("an answer").ok()
+        };
+        let (all, too_much) = (exec(1000), exec(2_000_000));
+        assert_eq!((all["stdout"].as_str().unwrap().len(), &all["truncated"]), (1000, &json!(false)));
+        assert_eq!(
+            (too_much["stdout"].as_str().unwrap().len(), &too_much["truncated"]),
+            (1 << 20, &json!(true))
+        );
         let _ = daemon.try_pulau(&["instance", "exec", &id, "--", "reboot", "-f"]);
         wait_for("the guest's reboot", PATIENCE, || {
             daemon.machines().contains(&format!("{id}-2")).then_some(())

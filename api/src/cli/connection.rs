@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::bail;
 
 use crate::client::{Client, Endpoint};
+use crate::tls;
 
 /// Where the daemon listens unless told otherwise: `/run/pulau/api.sock` for root, else in the user's data
 /// directory.
@@ -21,12 +22,15 @@ pub struct Connection {
     /// The daemon's Unix socket.
     #[arg(long, global = true, value_name = "PATH", env = "PULAU_SOCKET")]
     socket: Option<PathBuf>,
-    /// The daemon's address, as http://HOST:PORT.
+    /// The daemon's address, as https://HOST:PORT, or http://HOST:PORT without TLS.
     #[arg(long, global = true, value_name = "URL", env = "PULAU_URL", conflicts_with = "socket")]
     url: Option<String>,
     /// Token for a daemon that is reached by --url.
     #[arg(long, global = true, value_name = "TOKEN", env = "PULAU_TOKEN", hide_env_values = true)]
     token: Option<String>,
+    /// Certificates that sign the daemon's, for https: PEM. Those the system trusts if not given.
+    #[arg(long, global = true, value_name = "FILE", env = "PULAU_CA")]
+    ca: Option<PathBuf>,
 }
 
 impl Connection {
@@ -34,11 +38,13 @@ impl Connection {
         let Some(url) = &self.url else {
             return Ok(Client(Endpoint::Socket(self.socket.clone().unwrap_or_else(default_socket))));
         };
-        let Some(address) = url.strip_prefix("http://") else {
-            bail!("--url: {url:?} is not of the form http://HOST:PORT");
+        let (address, tls) = match (url.strip_prefix("https://"), url.strip_prefix("http://")) {
+            (Some(address), _) => (address, Some(tls::client(self.ca.as_deref())?)),
+            (_, Some(address)) => (address, None),
+            _ => bail!("--url: {url:?} is not of the form https://HOST:PORT or http://HOST:PORT"),
         };
         let address = address.trim_end_matches('/').to_owned();
-        Ok(Client(Endpoint::Tcp { address, token: self.token.clone() }))
+        Ok(Client(Endpoint::Tcp { address, token: self.token.clone(), tls }))
     }
 
     /// Does `work` with a client.

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Subcommand;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::connection::Connection;
 use super::table::cell;
@@ -22,7 +22,8 @@ const PAUSE: Duration = Duration::from_secs(1);
     after_help = "Examples:
   pulau host show
   pulau host events --follow
-  pulau host cordon"
+  pulau host cordon
+  pulau host drain"
 )]
 pub struct Args {
     #[command(flatten)]
@@ -50,8 +51,24 @@ enum Command {
     },
     /// Run no instances on this host any more. Those that exist stay as they are.
     Cordon,
-    /// Run instances again.
+    /// Run instances again. Those that a drain stopped stay stopped.
     Uncordon,
+    /// Cordon the host, stop all its instances in order, and wait until none runs: before its kernel is replaced, or
+    /// itself.
+    #[command(after_help = "Examples:
+  pulau host drain
+  pulau host drain --terminate --timeout 600")]
+    Drain {
+        /// Terminate instances instead of stopping them, but for protected ones.
+        #[arg(long)]
+        terminate: bool,
+        /// Do not ask the guests, and do not wait for them.
+        #[arg(long)]
+        force: bool,
+        /// How long to wait, in seconds.
+        #[arg(long, value_name = "SECONDS", default_value_t = 300)]
+        timeout: u64,
+    },
 }
 
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
@@ -63,6 +80,9 @@ async fn act(args: &Args, client: Client) -> anyhow::Result<ExitCode> {
         Command::Show => client.get("/v1/host").await?,
         Command::Cordon => client.post("/v1/host/cordon", &()).await?,
         Command::Uncordon => client.post("/v1/host/uncordon", &()).await?,
+        Command::Drain { terminate, force, timeout } => {
+            drain(&client, *terminate, *force, Duration::from_secs(*timeout)).await?
+        }
         Command::Events { follow } => return events(&client, *follow, args.json).await,
     };
     if args.json {
@@ -71,6 +91,33 @@ async fn act(args: &Args, client: Client) -> anyhow::Result<ExitCode> {
         print(&in_words(&host))?
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Drains the host and tells on standard error how far it is.
+async fn drain(client: &Client, terminate: bool, force: bool, limit: Duration) -> anyhow::Result<Value> {
+    let begun = std::time::Instant::now();
+    let mut told = None;
+    let mut host: Value =
+        client.post("/v1/host/drain", &json!({"terminate": terminate, "force": force})).await?;
+    loop {
+        let left: u64 = ["pending", "running", "stopping", "shutting-down"]
+            .iter()
+            .filter_map(|state| host["instances"][state].as_u64())
+            .sum();
+        if told.replace(left) != Some(left) {
+            eprintln!("pulau: {left} instances are left");
+        }
+        if left == 0 {
+            return Ok(host);
+        }
+        anyhow::ensure!(
+            begun.elapsed() < limit,
+            "{left} instances have not stopped within {} s: wait longer with --timeout, or kill them with --force",
+            limit.as_secs()
+        );
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        host = client.get("/v1/host").await?;
+    }
 }
 
 fn in_words(host: &Value) -> String {

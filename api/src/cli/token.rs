@@ -19,7 +19,7 @@ const COLUMNS: &Columns =
 #[command(
     arg_required_else_help = true,
     after_help = "Examples:
-  pulau token create ci --role operate --days 90
+  pulau token create ci --role operate --expires 90d
   export PULAU_TOKEN=$(pulau token create laptop --role admin)
   pulau token list
   pulau token delete ci"
@@ -49,16 +49,16 @@ enum Command {
     /// Make a token, and print its secret, this once.
     #[command(after_help = "Examples:
   pulau token create prometheus --role read
-  pulau token create ci --role operate --days 90")]
+  pulau token create ci --role operate --expires 90d")]
     Create {
         /// What to call it: the audit log names it.
         name: String,
         /// What it allows.
         #[arg(long, value_enum)]
         role: RoleArg,
-        /// How long it is good for; forever if not given.
-        #[arg(long, value_name = "DAYS", value_parser = clap::value_parser!(u32).range(1..=3650))]
-        days: Option<u32>,
+        /// How long it is good for, such as 90d, 12h or 30m; forever if not given.
+        #[arg(long, value_name = "TIME", value_parser = lifetime)]
+        expires: Option<u32>,
     },
     /// List tokens, without their secrets.
     List,
@@ -78,14 +78,13 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
 
 async fn act(args: &Args, client: Client) -> anyhow::Result<ExitCode> {
     match &args.command {
-        Command::Create { name, role, days } => {
+        Command::Create { name, role, expires } => {
             let role = match role {
                 RoleArg::Read => "read",
                 RoleArg::Operate => "operate",
                 RoleArg::Admin => "admin",
             };
-            let seconds = days.map(|days| days.saturating_mul(24 * 3600));
-            let body = json!({"name": name, "role": role, "lifetime_seconds": seconds});
+            let body = json!({"name": name, "role": role, "lifetime_seconds": expires});
             let token: Value = client.post(PATH, &body).await?;
             if args.json {
                 print_json(&token)?;
@@ -97,4 +96,27 @@ async fn act(args: &Args, client: Client) -> anyhow::Result<ExitCode> {
         Command::Delete { ids } => resource::delete(&client, PATH, ids).await?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Seconds of a time such as `90d`.
+fn lifetime(text: &str) -> Result<u32, String> {
+    let units = [('d', 86_400), ('h', 3600), ('m', 60), ('s', 1)];
+    let parsed = units.into_iter().find_map(|(unit, seconds)| {
+        let count: u32 = text.strip_suffix(unit)?.parse().ok()?;
+        count.checked_mul(seconds).filter(|seconds| *seconds > 0)
+    });
+    parsed.ok_or_else(|| "must be a number and d, h, m or s, such as 90d".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::lifetime;
+
+    #[test]
+    fn a_lifetime_has_a_unit() {
+        assert_eq!((lifetime("90d"), lifetime("30m")), (Ok(7_776_000), Ok(1800)));
+        for wrong in ["", "d", "0s", "90", "-1d", "99999999d"] {
+            assert!(lifetime(wrong).is_err(), "{wrong}");
+        }
+    }
 }

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use tempfile::NamedTempFile;
 
 use super::{FileError, IoContext};
+use crate::fault;
 
 /// A directory for files on their way. Only one process at a time may use it.
 #[derive(Clone, Debug)]
@@ -41,7 +42,9 @@ impl Staging {
     /// It cannot be made.
     pub fn file(&self) -> Result<Staged, FileError> {
         let file = tempfile::Builder::new().prefix("new-").tempfile_in(&self.dir);
-        Ok(Staged { file: file.context("make a file in", &self.dir)? })
+        let file = file.context("make a file in", &self.dir)?;
+        fault::point("file.begun");
+        Ok(Staged { file })
     }
 
     /// A file without a name, for data that is needed only now.
@@ -105,7 +108,9 @@ impl Staged {
     /// removed then.
     pub fn persist(self, place: &Path, mode: u32) -> Result<(), FileError> {
         self.finish(mode)?;
+        fault::point("file.synced");
         self.file.persist_noclobber(place).map_err(|e| e.error).context("make", place)?;
+        fault::point("file.placed");
         sync_parent(place)
     }
 
@@ -116,7 +121,9 @@ impl Staged {
     /// The file could not be moved. It is removed then.
     pub fn replace(self, place: &Path, mode: u32) -> Result<(), FileError> {
         self.finish(mode)?;
+        fault::point("file.synced");
         self.file.persist(place).map_err(|e| e.error).context("make", place)?;
+        fault::point("file.placed");
         sync_parent(place)
     }
 

@@ -13,8 +13,8 @@ use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::Api;
 use super::error::Refusal;
+use super::{Api, web};
 use crate::image::Digest;
 use crate::model::ApiToken;
 
@@ -57,7 +57,10 @@ pub async fn authorize(State(api): State<Arc<Api>>, mut request: Request, next: 
     let needed = needed_role(request.method(), request.uri().path());
     if caller.role < needed {
         let message = format!("this takes the role {needed:?}, and {} has {:?}", caller.name, caller.role);
-        return Refusal::new(StatusCode::FORBIDDEN, "UnauthorizedOperation", message).into_response();
+        let refusal = Refusal::new(StatusCode::FORBIDDEN, "UnauthorizedOperation", message);
+        let mut response = refusal.into_response();
+        response.extensions_mut().insert(caller);
+        return response;
     }
     request.extensions_mut().insert(caller.clone());
     let mut response = next.run(request).await;
@@ -69,7 +72,8 @@ fn caller(api: &Api, request: &Request) -> Result<Caller, Refusal> {
     if request.extensions().get() == Some(&Door::UnixSocket) {
         return Ok(Caller { name: "local".into(), role: Role::Admin });
     }
-    if OPEN.contains(&request.uri().path()) {
+    let path = request.uri().path();
+    if OPEN.contains(&path) || web::PATHS.contains(&path) {
         return Ok(Caller { name: "anonymous".into(), role: Role::Read });
     }
     let refused = |message: &str| Refusal::new(StatusCode::UNAUTHORIZED, "AuthFailure", message);
@@ -82,8 +86,11 @@ fn caller(api: &Api, request: &Request) -> Result<Caller, Refusal> {
     let tables = api.instances.host().records.read();
     let known = tables.api_tokens.iter().find(|known| known.hash == hash);
     let known: &ApiToken = known.ok_or_else(|| refused("this token is not known here (any more)"))?;
-    if known.expires.is_some_and(|expires| expires <= api.instances.host().now()) {
-        return Err(refused("this token has expired"));
+    if let Some(expires) = known.expires.filter(|expires| *expires <= api.instances.host().now()) {
+        let when = expires.format("%FT%TZ");
+        let message =
+            format!("token {} expired at {when}: ask for another (`pulau token create`)", known.name);
+        return Err(refused(&message));
     }
     Ok(Caller { name: known.name.clone(), role: known.role })
 }

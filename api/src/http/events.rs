@@ -207,6 +207,11 @@ impl Events {
         }
     }
 
+    /// Whether all streams have ended, for good.
+    pub fn is_closed(&self) -> bool {
+        self.lock().sender.is_none()
+    }
+
     /// Ends all streams.
     pub fn close(&self) {
         self.lock().sender = None;

@@ -4,10 +4,12 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::State;
+use axum::http::StatusCode;
 
 use super::Api;
 use super::error::{ErrorBody, Refusal};
-use crate::instances::HostReport;
+use super::extract::Body;
+use crate::instances::{DrainHost, HostReport};
 
 /// Show the host: what it has, what instances take of it, and whether it is cordoned.
 #[utoipa::path(get, path = "/v1/host", tag = "host",
@@ -32,4 +34,16 @@ pub async fn cordon(State(api): State<Arc<Api>>) -> Result<Json<HostReport>, Ref
         (status = "default", description = "Refused.", body = ErrorBody)))]
 pub async fn uncordon(State(api): State<Arc<Api>>) -> Result<Json<HostReport>, Refusal> {
     Ok(Json(api.instances.uncordon().await?))
+}
+
+/// Drain the host: cordon it, and have all its instances stop or end. That has only begun when this is answered;
+/// the host's `used` and `instances` tell how far it is.
+#[utoipa::path(post, path = "/v1/host/drain", tag = "host", request_body = DrainHost,
+    responses((status = 202, description = "The host, cordoned.", body = HostReport),
+        (status = "default", description = "Refused.", body = ErrorBody)))]
+pub async fn drain(
+    State(api): State<Arc<Api>>,
+    Body(how): Body<DrainHost>,
+) -> Result<(StatusCode, Json<HostReport>), Refusal> {
+    Ok((StatusCode::ACCEPTED, Json(api.instances.drain(how).await?)))
 }

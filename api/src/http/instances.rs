@@ -13,7 +13,7 @@ use utoipa::{IntoParams, ToSchema};
 use super::error::{ErrorBody, Refusal};
 use super::extract::{Body, Path, Query};
 use super::list::ListInstances;
-use super::{Api, List};
+use super::{Api, List, follow};
 use crate::instances::{Error, ModifyInstance, RunInstances, StopInstance};
 use crate::microvm::Usage;
 use crate::model::{INSTANCE_TYPES, Instance, InstanceState, InstanceType};
@@ -146,15 +146,31 @@ pub async fn wait(
     }
 }
 
+/// How to show a console.
+#[derive(Clone, Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct ShowConsole {
+    /// Whether to go on with what comes, until the connection is closed.
+    #[serde(default)]
+    pub follow: bool,
+}
+
 /// Show what an instance wrote to its serial console: the last 64 KiB, over all its boots.
-#[utoipa::path(get, path = "/v1/instances/{id}/console", tag = "instances", params(("id" = String, Path, description = "Id of the instance.")),
+#[utoipa::path(get, path = "/v1/instances/{id}/console", tag = "instances", params(("id" = String, Path, description = "Id of the instance."), ShowConsole),
     responses((status = 200, description = "The end of what it wrote.", content_type = "text/plain", body = String), (status = "default", description = "Refused.", body = ErrorBody)))]
 pub async fn console(
     State(api): State<Arc<Api>>,
     Path(id): Path<String>,
+    Query(how): Query<ShowConsole>,
 ) -> Result<impl IntoResponse, Refusal> {
-    let text = api.instances.console(&id).await?;
-    Ok(([(header::CONTENT_TYPE, "text/plain; charset=utf-8")], text))
+    let body = if how.follow {
+        let log = api.instances.console_log(&id)?;
+        follow::console(&api, id, log)?
+    } else {
+        api.instances.console(&id).await?.into()
+    };
+    Ok(([(header::CONTENT_TYPE, "text/plain; charset=utf-8")], body))
 }
 
 /// Show what a running instance uses of the host.
@@ -190,6 +206,8 @@ pub struct ExecResult {
     /// As UTF-8, what is none replaced; at most 1 MiB.
     pub stdout: String,
     pub stderr: String,
+    /// Whether it wrote more than that to either.
+    pub truncated: bool,
 }
 
 /// Run a command in a guest by its agent, and wait for it.
@@ -209,11 +227,13 @@ pub async fn exec(
         return Err(Error::invalid("argv", "must not be empty").into());
     }
     let limit = Duration::from_secs(seconds);
-    let output = api.instances.exec(&id, request.argv, request.stdin, request.user, limit).await?;
+    let (output, truncated) =
+        api.instances.exec(&id, request.argv, request.stdin, request.user, limit).await?;
     Ok(Json(ExecResult {
         exit_code: output.status.shell_code(),
         stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
         stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        truncated,
     }))
 }
 

@@ -11,6 +11,7 @@ use tokio::time::{Instant, timeout};
 use tracing::Instrument as _;
 
 use super::Api;
+use super::audit::Entry;
 use super::auth::Caller;
 use super::error::{Refusal, complete};
 use crate::model::id;
@@ -30,7 +31,7 @@ pub async fn frame(State(api): State<Arc<Api>>, request: Request, next: Next) ->
             return Refusal::new(StatusCode::TOO_MANY_REQUESTS, "RequestLimitExceeded", message)
                 .into_response();
         };
-        let method = request.method().clone();
+        let (method, path) = (request.method().clone(), request.uri().path().to_owned());
         let route = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
         let response = timeout(LONGEST, next.run(request)).await.unwrap_or_else(|_| {
             let message = format!("it took longer than {} s", LONGEST.as_secs());
@@ -42,7 +43,11 @@ pub async fn frame(State(api): State<Arc<Api>>, request: Request, next: Next) ->
         api.metrics.answered(route, known(&method), status, begun.elapsed());
         // A connection into a guest is one to be remembered.
         if !method.is_safe() || response.status() == StatusCode::SWITCHING_PROTOCOLS {
-            tracing::info!(target: "pulau::audit", caller, status, took_ms, "done");
+            tracing::info!(caller, status, took_ms, "done");
+            let code = response.extensions().get::<Refusal>().map(|refusal| refusal.code);
+            let (request_id, method) = (id.as_str(), method.as_str());
+            let time = chrono::Utc::now();
+            api.audit.write(&Entry { time, request_id, caller, method, path: &path, status, code, took_ms });
         } else {
             tracing::debug!(caller, status, took_ms, "done");
         }

@@ -5,10 +5,12 @@
 //! answers, a bound in time, [`auth`], its handler. Bodies are JSON, bounded, with no field unknown. Every
 //! refusal has the form of [`error::ErrorBody`].
 
+mod audit;
 mod auth;
 mod error;
 mod events;
 mod extract;
+mod follow;
 mod host;
 mod images;
 mod instances;
@@ -21,6 +23,7 @@ mod snapshots;
 mod tokens;
 mod tunnel;
 mod volumes;
+mod web;
 
 use std::sync::{Arc, Weak};
 
@@ -34,6 +37,7 @@ use utoipa_axum::routes;
 
 use crate::instances::Service;
 use crate::records::{AnyRecord, RecordChange};
+use audit::Audit;
 use events::Events;
 use metrics::Metrics;
 
@@ -54,6 +58,7 @@ pub struct Api {
     pub instances: Service,
     events: Events,
     metrics: Metrics,
+    audit: Audit,
     under_way: Arc<Semaphore>,
     long_lived: Arc<Semaphore>,
 }
@@ -68,6 +73,7 @@ impl Api {
         let api = Arc::new(Api {
             events,
             metrics: Metrics::new(),
+            audit: Audit::new(instances.host().logs.join("audit.jsonl")),
             under_way: Arc::new(Semaphore::new(UNDER_WAY)),
             long_lived: Arc::new(Semaphore::new(LONG_LIVED)),
             instances,
@@ -158,6 +164,7 @@ fn described() -> (Router<Arc<Api>>, utoipa::openapi::OpenApi) {
         .routes(routes!(host::show))
         .routes(routes!(host::cordon))
         .routes(routes!(host::uncordon))
+        .routes(routes!(host::drain))
         .routes(routes!(events::follow))
         .routes(routes!(metrics::show))
         .split_for_parts()
@@ -176,6 +183,7 @@ pub fn router(api: Arc<Api>) -> Router {
         move || async move { ([(axum::http::header::CONTENT_TYPE, "application/json")], document) };
     routes
         .route("/openapi.json", axum::routing::get(document))
+        .merge(web::routes())
         .route("/healthz", axum::routing::get(|| async { "ok\n" }))
         .fallback(|| async {
             let message = "there is nothing at this path; /openapi.json lists what there is";

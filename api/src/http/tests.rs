@@ -217,7 +217,7 @@ async fn every_refusal_has_its_status_and_code() {
         (run(json!({"client_token": "t"})), 409, "IdempotentParameterMismatch"),
         (run(json!({"dry_run": true})), 412, "DryRunOperation"),
         (delete(&of("")), 409, "OperationNotPermitted"),
-        (get(&format!("/v1/instances/{stopped}/wait?state=running")), 502, "GuestUnavailable"),
+        (get(&format!("/v1/instances/{stopped}/wait?state=running")), 409, "IncorrectInstanceState"),
         (get(&of("/wait?state=stopped&timeout_seconds=1")), 504, "RequestTimeout"),
         (get(&of("/agent")), 400, "MalformedRequest"),
         (get("/v1/volumes/none"), 404, "InvalidVolume.NotFound"),

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::{Error, Service};
+use super::{Error, Service, StopInstance};
 use crate::model::{Cordon, InstanceState};
 use crate::records::Tables;
 
@@ -16,12 +16,26 @@ pub struct Resources {
     pub memory_mib: u64,
 }
 
+/// How to drain a host.
+#[derive(Clone, Copy, Debug, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DrainHost {
+    /// Terminate instances instead of stopping them, but for protected ones.
+    #[serde(default)]
+    pub terminate: bool,
+    /// Do not ask the guests that are stopped, and do not wait for them.
+    #[serde(default)]
+    pub force: bool,
+}
+
 /// A host as its operator sees it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
 pub struct HostReport {
     /// Of the daemon.
     pub version: String,
-    /// What all instances may have together.
+    /// What the host itself has.
+    pub physical: Resources,
+    /// What all instances may have together, which may be more.
     pub capacity: Resources,
     /// What those that run, or are about to, have.
     pub used: Resources,
@@ -44,6 +58,7 @@ impl Service {
         let limits = &self.host.limits;
         HostReport {
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            physical: physical(),
             capacity: Resources { vcpus: limits.vcpus, memory_mib: limits.memory_mib },
             used: used(&tables),
             instances,
@@ -69,7 +84,36 @@ impl Service {
         Ok(self.host_report())
     }
 
-    /// Runs instances again.
+    /// Cordons the host, and has all its instances stop, or end for good where that is asked for and they are not
+    /// protected. That takes as long as their guests do: the report tells how many still run.
+    ///
+    /// # Errors
+    ///
+    /// Those of the store.
+    pub async fn drain(&self, how: DrainHost) -> Result<HostReport, Error> {
+        self.cordon().await?;
+        let ids: Vec<String> = {
+            let tables = self.host.records.read();
+            let taking = tables.instances.iter().filter(|instance| instance.state.takes_capacity());
+            taking.map(|instance| instance.id.clone()).collect()
+        };
+        for id in ids {
+            let ended =
+                if how.terminate { self.terminate(&id).await } else { Err(Error::Protected(id.clone())) };
+            let done = match ended {
+                Err(Error::Protected(_)) => self.stop(&id, StopInstance { force: how.force }).await,
+                other => other,
+            };
+            match done {
+                // It may have gone its way meanwhile.
+                Ok(_) | Err(Error::NotFound { .. } | Error::State { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(self.host_report())
+    }
+
+    /// Runs instances again. Those that a drain stopped stay stopped.
     ///
     /// # Errors
     ///
@@ -104,4 +148,13 @@ pub(super) fn refuse_if_cordoned(tables: &Tables) -> Result<(), Error> {
             cordon.since.format("%FT%TZ")
         ))),
     }
+}
+
+/// What this machine has. What cannot be told is 0.
+pub fn physical() -> Resources {
+    let processors = std::thread::available_parallelism().map_or(0, |count| count.get());
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB"));
+    let kib: u64 = line.and_then(|kib| kib.trim().parse().ok()).unwrap_or(0);
+    Resources { vcpus: u32::try_from(processors).unwrap_or(u32::MAX), memory_mib: kib / 1024 }
 }

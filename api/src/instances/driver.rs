@@ -413,6 +413,7 @@ impl Driver {
         self.failures = self.failures.saturating_add(1);
         tracing::warn!(instance = self.id, failures = self.failures, "it failed: {}", why.message);
         self.host.wiring.detach(&self.tap()).await?;
+        fault::point("instance.failed");
         let give_up = self.failures >= FAILURES;
         let now = self.host.now();
         let modified = self.host.records.modify(&self.id, |instance: &mut Instance| {
@@ -513,6 +514,7 @@ impl Driver {
         let console = launch::console_log(&self.host, &self.id);
         let _ = tokio::fs::remove_file(&console.path).await;
         let _ = tokio::fs::remove_file(console.rotated()).await;
+        fault::point("instance.console-removed");
         self.host
             .records
             .update(|tables, changes| {

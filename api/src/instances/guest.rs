@@ -1,6 +1,7 @@
 //! What goes on inside an instance's guest: its console, commands run by its agent; and waiting for it.
 
 use std::io::{Read, Seek, SeekFrom};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,7 +11,7 @@ use tokio::net::UnixStream;
 
 use super::error::Error;
 use super::{Service, find, launch};
-use crate::model::{Check, Desired, Instance, InstanceState};
+use crate::model::{Check, Desired, Instance, InstanceState, Kind};
 
 /// How much of a console is shown.
 const CONSOLE_TAIL: u64 = 64 * 1024;
@@ -39,14 +40,26 @@ impl Service {
             let settled = matches!(instance.state, InstanceState::Stopped | InstanceState::Terminated);
             if settled && instance.desired != comes {
                 let why = instance.state_reason.as_ref().map(|why| format!(": {}", why.message));
-                return Err(Error::Guest {
+                return Err(Error::State {
+                    kind: Kind::Instance,
                     id: id.to_owned(),
-                    problem: format!("it is {}{}", instance.state.name(), why.unwrap_or_default()),
+                    state: format!("{}{}", instance.state.name(), why.unwrap_or_default()),
+                    needed: "it will not come to the state that is waited for unless it is asked to",
                 });
             }
             // Others' changes wake us, too; looking again costs little.
             let _ = changes.recv().await;
         }
+    }
+
+    /// The file an instance's console is kept in; it may not be there yet.
+    ///
+    /// # Errors
+    ///
+    /// There is no such instance.
+    pub fn console_log(&self, id: &str) -> Result<PathBuf, Error> {
+        find::instance(&self.host.records.read(), id)?;
+        Ok(launch::console_log(&self.host, id).path)
     }
 
     /// The end of what an instance wrote to its console.
@@ -55,8 +68,7 @@ impl Service {
     ///
     /// There is no such instance.
     pub async fn console(&self, id: &str) -> Result<String, Error> {
-        find::instance(&self.host.records.read(), id)?;
-        let path = launch::console_log(&self.host, id).path;
+        let path = self.console_log(id)?;
         let read = tokio::task::spawn_blocking(move || -> std::io::Result<Vec<u8>> {
             let mut file = match std::fs::File::open(&path) {
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -73,7 +85,7 @@ impl Service {
         Ok(String::from_utf8_lossy(&text).into_owned())
     }
 
-    /// Runs a command in a guest and waits for it.
+    /// Runs a command in a guest and waits for it. With what it wrote, whether that was more than is kept.
     ///
     /// # Errors
     ///
@@ -85,7 +97,7 @@ impl Service {
         stdin: String,
         user: Option<String>,
         limit: Duration,
-    ) -> Result<Output, Error> {
+    ) -> Result<(Output, bool), Error> {
         let vm = self.machine(id)?;
         let problem = |problem: String| Error::Guest { id: id.to_owned(), problem };
         let run = async {
@@ -97,9 +109,10 @@ impl Service {
         };
         let limited = tokio::time::timeout(limit, run).await;
         let mut output = limited.map_err(|_| Error::Timeout(limit.as_secs()))??;
+        let truncated = output.stdout.len() > OUTPUT || output.stderr.len() > OUTPUT;
         output.stdout.truncate(OUTPUT);
         output.stderr.truncate(OUTPUT);
-        Ok(output)
+        Ok((output, truncated))
     }
 
     /// A connection to the agent in a guest, for somebody who speaks its protocol: nothing has been said on it.

@@ -299,6 +299,7 @@ impl Service {
             Ok::<_, Error>(image.id.clone())
         });
         let id = deleted.await?;
+        fault::point("image.deleted");
         self.jobs.cancel(&id);
         self.collect_blobs().await
     }

@@ -35,11 +35,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 
+use crate::fault;
 use crate::microvm::MicroVm;
 use crate::model::Instance;
 use crate::records::AnyRecord;
 
-pub use capacity::{HostReport, Resources};
+pub use capacity::{DrainHost, HostReport, Resources, physical};
 pub use create_image::CreateImage;
 pub use error::Error;
 pub use host::{Host, Limits};
@@ -120,9 +121,11 @@ impl Service {
                 Err(error) => tracing::warn!(machine, "cannot be adopted: {error}"),
             }
         }
+        fault::point("daemon.adopted");
         for swept in self.host.machines.sweep().await.map_err(internal)? {
             tracing::info!(machine = swept, "belonged to no instance and was removed");
         }
+        fault::point("daemon.swept");
         let ids: Vec<String> = self.host.records.read().instances.iter().map(|i| i.id.clone()).collect();
         for id in ids {
             let machine = adopted.remove(&id);

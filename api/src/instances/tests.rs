@@ -136,9 +136,9 @@ async fn an_instance_runs_stops_starts_reboots_and_is_terminated() {
     assert!(running.boot.unwrap().agent_us.is_some());
     let disk = service.host.volumes.path(&running.root_volume).unwrap();
     assert_eq!(std::fs::metadata(&disk).unwrap().len(), 1 << 30);
-    let output =
+    let (output, truncated) =
         service.exec(&id, vec!["echo".into(), "hi".into()], String::new(), None, PATIENCE).await.unwrap();
-    assert!(output.status.success());
+    assert!(output.status.success() && !truncated);
 
     let rebooted = service.reboot(&id).await.unwrap();
     assert_eq!((rebooted.state, rebooted.generation), (InstanceState::Running, 2));

@@ -38,6 +38,7 @@ use serde::{Deserialize, Serialize};
 use super::cgroup;
 use super::console::ConsoleLog;
 use super::process::{Exit, PidFd};
+use crate::fault;
 
 /// How long a killed VMM may take to be gone.
 const DIES_WITHIN: Duration = Duration::from_secs(5);
@@ -236,6 +237,7 @@ impl Home {
         loans.push(Loan { path: path.to_owned(), uid: owner.uid(), gid: owner.gid() });
         // Written down first: a loan that was not made is harmless to give back.
         fs::write(self.dir.join("loans.json"), serde_json::to_vec(&loans)?)?;
+        fault::point("vm.lent");
         chown(path, Some(user), Some(user))
     }
 
@@ -251,7 +253,9 @@ impl Home {
         // Not while another process sweeps: it would find a home half gone, and nobody's.
         let run_dir = self.dir.parent().unwrap_or(&self.dir);
         let _removing = lock(&run_dir.join(".lock"), FlockArg::LockShared)?;
+        fault::point("vm.settled");
         clear(&self.dir)?;
+        fault::point("vm.removed");
         cgroup
     }
 }
@@ -311,6 +315,7 @@ pub fn sweep(run_dir: &Path) -> io::Result<Vec<String>> {
 fn settle(dir: &Path) -> io::Result<io::Result<()>> {
     let killed = kill_vmm(dir);
     let cgroup = recorded_cgroup(dir).map_or(Ok(()), |path| cgroup::remove(&path));
+    fault::point("vm.cgroup-removed");
     let returned =
         loans(dir).iter().try_for_each(|loan| match chown(&loan.path, Some(loan.uid), Some(loan.gid)) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -327,7 +332,10 @@ fn clear(dir: &Path) -> io::Result<()> {
         // has no place for its socket.
         let removed = match fs::remove_dir_all(dir.join("root")) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
-            _ => fs::remove_dir_all(dir),
+            _ => {
+                fault::point("vm.jail-removed");
+                fs::remove_dir_all(dir)
+            }
         };
         match removed {
             // It has made a file meanwhile, the last one before it ends.

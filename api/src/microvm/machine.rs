@@ -18,6 +18,7 @@ use super::request::{RequestError, SharedFacts};
 use super::spec::{Host, Spec};
 use super::start::API_UP_WITHIN;
 use super::usage::Usage;
+use crate::fault;
 
 /// From SIGKILL to the end.
 pub(super) const DIES_WITHIN: Duration = Duration::from_secs(10);
@@ -69,6 +70,7 @@ impl Machine {
     pub async fn spawn(&mut self, host: &Host, spec: &Spec, mut command: Command) -> Result<(), StartError> {
         let failed = |source| StartError::Spawn { vmm: host.vmm.clone(), source };
         let child = command.spawn().map_err(failed)?;
+        fault::point("vm.forked");
         let pid = i32::try_from(child.id()).map_err(|e| failed(io::Error::other(e)))?;
         let process = Process::open(pid).map_err(failed)?;
         if spec.jail.is_none() {
@@ -168,6 +170,7 @@ impl Machine {
             let _ = vmm.signal(Signal::SIGKILL);
             let _ = timeout(DIES_WITHIN, vmm.exited()).await;
         }
+        fault::point("vm.ended");
         let mut ending = Ending::new(reason, self.home.as_ref());
         if let Some(home) = self.home.take() {
             // May wait for the kernel: not on a thread that drives others.

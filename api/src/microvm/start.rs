@@ -21,6 +21,7 @@ use super::jail::{Jail, JailError};
 use super::machine::{DIES_WITHIN, Machine};
 use super::request::SharedFacts;
 use super::spec::{Host, Spec};
+use crate::fault;
 
 /// From the spawn to the first answer. Takes some milliseconds; on an overloaded host, seen: 15 seconds.
 pub(super) const API_UP_WITHIN: Duration = Duration::from_secs(60);
@@ -36,6 +37,7 @@ pub(super) async fn start(
 ) -> Result<(), StartError> {
     spec.check()?;
     let home = machine.move_in(Home::create(&host.run_dir, &spec.id, spec.jail.is_some())?);
+    fault::point("vm.home");
     let mut jail = Jail::new(home);
     let mut config = jail.place(&spec.vm)?;
     if spec.console.attachable {
@@ -44,10 +46,12 @@ pub(super) async fn start(
     let names = jail.names();
     let mut command = command(host, spec, home, &jail)?;
     jail.enter(host, spec, &mut command)?;
+    fault::point("vm.jail");
     let api_socket = home.socket("api.sock");
     machine.tell(config.vsock.is_some(), spec.console.attachable, facts);
     facts.lock().spawned_at = Some(std::time::Instant::now());
     machine.spawn(host, spec, command).await?;
+    fault::point("vm.spawned");
     let time = |step: fn(&mut super::BootTimes) -> &mut Option<Duration>| {
         let mut facts = facts.lock();
         let elapsed = facts.spawned_at.map(|at| at.elapsed());
@@ -60,14 +64,17 @@ pub(super) async fn start(
         exit = machine.exited() => return Err(StartError::Died(exit)),
     };
     time(|times| &mut times.api_ready);
+    fault::point("vm.answers");
     let booted = async {
         configure(&mut api, &config, spec.metadata.as_ref()).await?;
         time(|times| &mut times.configured);
+        fault::point("vm.configured");
         api.put("/actions", &ActionConfig { action_type: ActionType::InstanceStart }).await
     };
     match booted.await {
         Ok(()) => {
             time(|times| &mut times.started);
+            fault::point("vm.booting");
             machine.has_started(api).map_err(|source| prepare(&api_socket, source))?;
         }
         // Most likely the VMM has died; how it did says more than that it no longer answers.

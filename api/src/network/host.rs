@@ -20,6 +20,7 @@ use super::dns::{self, Resolvers};
 use super::nft::{self, Element, Nft, NftError};
 use super::route::{Counters, Link, PROTOCOL, Route, Routing};
 use super::{dhcp, sysctl, tap};
+use crate::fault;
 
 /// The host's hardware address on every link, so that what guests remember of their gateway stays true when a
 /// tap is made anew, and in another guest that is made from a snapshot.
@@ -231,6 +232,7 @@ impl Host {
         self.directory.remove_network(id);
         let networks: Vec<_> = self.plan.networks.values().cloned().collect();
         self.set_subnets(&networks)?;
+        fault::point("network.subnet-removed");
         self.set_gateways(&networks)?;
         self.write_rules()
     }
@@ -269,7 +271,9 @@ impl Host {
         self.connections.now(address).map_err(failed("forget connections of", address))?;
         let out = old.map(|old| self.elements_of(old)).unwrap_or_default();
         self.change_rules(&out, &self.elements_of(attachment))?;
+        fault::point("network.rules");
         let index = self.set_link(attachment)?;
+        fault::point("network.link");
         if let Some(old) = old {
             self.remove_other_places(index, attachment)?;
             self.directory.detach(old);
@@ -293,6 +297,7 @@ impl Host {
             true => self.delete_link(tap),
             false => Ok(()),
         };
+        fault::point("network.unlinked");
         let rules = self.change_rules(&out, &BTreeSet::new());
         if let Some(known) = known {
             self.connections.later(known.address);
@@ -382,6 +387,7 @@ impl Host {
             None => {}
         }
         tap::create(name, owner).map_err(failed("make tap", name))?;
+        fault::point("network.tap");
         let made = self.routing.link(name).map_err(failed("look up link", name))?;
         made.ok_or_else(|| failed("find tap", name)(io::ErrorKind::NotFound.into()))
     }
@@ -404,6 +410,7 @@ impl Host {
         sysctl::set_link(tap).map_err(failed("set up link", tap))?;
         self.ensure_up(&link, mtu)?;
         let route = Route::to_guest(*address, link.index, gateway);
+        fault::point("network.tap-up");
         self.routing.set_neighbour(link.index, *address, *mac).map_err(failed("set neighbour", address))?;
         self.routing.set_route(&route).map_err(failed("route", address))?;
         Ok(link.index)

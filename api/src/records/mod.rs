@@ -20,6 +20,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use tokio::sync::{Mutex, broadcast, watch};
 
+use crate::fault;
 use crate::store::{Change, Compare, Op, Revision, Store, StoreError, Txn};
 
 pub use tables::{AnyRecord, Record, RecordChange, Table, Tables, Token};
@@ -178,7 +179,9 @@ impl Records {
         if txn.ops.is_empty() {
             return Ok(());
         }
+        fault::point("records.decided");
         let result = self.store.commit(txn).await;
+        fault::point("records.committed");
         let mut reached = self.reached.clone();
         match result {
             Ok(revision) => {

@@ -4,6 +4,7 @@ use std::io::{self, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 
 use anyhow::Context as _;
+use http_body_util::BodyExt as _;
 use tokio::sync::oneshot;
 
 use super::path;
@@ -17,20 +18,38 @@ use crate::http::CONSOLE;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   pulau instance console i-0123456789abcdef0
+  pulau instance console i-0123456789abcdef0 --follow
   pulau instance console i-0123456789abcdef0 --attach")]
 pub struct Args {
     /// Id of an instance.
     id: String,
     /// Read and type, as at a serial line; one at a time can. `~.` at the beginning of a line leaves.
-    #[arg(long, short)]
+    #[arg(long, short, conflicts_with = "follow")]
     attach: bool,
+    /// Go on with what comes, until Ctrl-C. Any number can.
+    #[arg(long, short)]
+    follow: bool,
 }
 
 pub async fn run(args: &Args, client: &Client) -> anyhow::Result<()> {
     if args.attach {
         return attach(&args.id, client).await;
     }
+    if args.follow {
+        return follow(&args.id, client).await;
+    }
     print(&client.text(&format!("{}/console", path(&args.id))).await?)
+}
+
+async fn follow(id: &str, client: &Client) -> anyhow::Result<()> {
+    let mut console = client.stream(&format!("{}/console?follow=true", path(id))).await?;
+    while let Some(frame) = console.frame().await {
+        let frame = frame.context("the daemon broke off")?;
+        let mut output = io::stdout().lock();
+        output.write_all(frame.data_ref().map_or(&[], |data| data))?;
+        output.flush()?;
+    }
+    Ok(())
 }
 
 async fn attach(id: &str, client: &Client) -> anyhow::Result<()> {

@@ -202,7 +202,7 @@ impl OfOne {
 
     async fn ask(&self, verb: Verb) -> Result<String, Error> {
         let argv = command(verb, &self.patch);
-        let output = self.service.exec(&self.instance, argv, String::new(), None, ASK_WITHIN).await?;
+        let (output, _) = self.service.exec(&self.instance, argv, String::new(), None, ASK_WITHIN).await?;
         if output.status.success() {
             return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
         }

@@ -9,6 +9,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::agent::Door;
 use super::{At, Guest, How, POWER_OFF, REBOOT, Simulation, home};
+use crate::fault;
 use crate::microvm::api::ApiError;
 use crate::microvm::console::open_log;
 use crate::microvm::ending::{Ending, Reason, StartError};
@@ -44,6 +45,11 @@ impl Driving {
             return Err(HomeError::Exists { id, dir: home() });
         }
         world.guests.insert(id.clone(), Guest::new(spec));
+        if let Err(source) = world.keep(&id) {
+            world.remove(&id);
+            return Err(HomeError::Make { path: home(), source });
+        }
+        fault::point("vm.home");
         Ok(Driving { sim: sim.clone(), id })
     }
 
@@ -135,6 +141,8 @@ async fn start(driving: &Driving) -> Result<(), StartError> {
         None => {}
     }
     driving.of(|guest| guest.started = Some(Instant::now()));
+    let _ = driving.sim.lock().keep(&driving.id);
+    fault::point("vm.booting");
     driving.print("Simulated guest boots");
     Ok(())
 }
@@ -188,11 +196,13 @@ async fn live(driving: Driving, begun: Result<State, End>, mut reins: Reins) {
     };
     reins.state.send_replace(State::Stopping);
     reins.requests.close();
+    fault::point("vm.ended");
     let mut ending = Ending::new(reason, None);
     match driving.fault(At::Remove) {
         Some(How::Fail(message)) => ending.left_behind = Some(io::Error::other(message)),
-        _ => _ = driving.sim.lock().guests.remove(&driving.id),
+        _ => driving.sim.lock().remove(&driving.id),
     }
+    fault::point("vm.removed");
     // Before it is told: who hears of the end may make another of this name.
     drop(driving);
     reins.state.send_replace(State::Stopped(Arc::new(ending)));

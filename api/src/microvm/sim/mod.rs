@@ -9,6 +9,7 @@
 mod agent;
 mod driver;
 mod fault;
+mod kept;
 #[cfg(test)]
 mod tests;
 
@@ -52,6 +53,25 @@ struct World {
     guests: BTreeMap<String, Guest>,
     faults: Vec<Fault>,
     commands: Option<Commands>,
+    /// Where its microVMs are kept, if they are to outlive this process.
+    kept: Option<kept::Directory>,
+}
+
+impl World {
+    /// Writes down a microVM that is new, or has changed.
+    fn keep(&self, id: &str) -> std::io::Result<()> {
+        match (&self.kept, self.guests.get(id)) {
+            (Some(kept), Some(guest)) => kept.keep(id, guest),
+            _ => Ok(()),
+        }
+    }
+
+    fn remove(&mut self, id: &str) {
+        self.guests.remove(id);
+        if let Some(kept) = &self.kept {
+            kept.forget(id);
+        }
+    }
 }
 
 /// What commands in guests do: from a microVM's name and the words of a command to its output and exit code. None
@@ -111,6 +131,17 @@ impl Simulation {
         Simulation(Arc::new(Mutex::new(World { times, ..Default::default() })))
     }
 
+    /// A host whose microVMs are kept in a directory, with those that are there already.
+    ///
+    /// # Errors
+    ///
+    /// The directory cannot be made or read.
+    pub fn kept_in(dir: PathBuf) -> std::io::Result<Self> {
+        let (kept, guests) = kept::Directory::open(dir)?;
+        let world = World { kept: Some(kept), guests: guests.into_iter().collect(), ..Default::default() };
+        Ok(Simulation(Arc::new(Mutex::new(world))))
+    }
+
     fn lock(&self) -> MutexGuard<'_, World> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -141,13 +172,10 @@ impl Simulation {
 
     /// Removes those that nobody drives, and returns their names.
     pub fn sweep(&self) -> Vec<String> {
-        let mut swept = Vec::new();
-        self.lock().guests.retain(|id, guest| {
-            if !guest.driven {
-                swept.push(id.clone());
-            }
-            guest.driven
-        });
+        let mut world = self.lock();
+        let undriven = world.guests.iter().filter(|(_, guest)| !guest.driven);
+        let swept: Vec<String> = undriven.map(|(id, _)| id.clone()).collect();
+        swept.iter().for_each(|id| world.remove(id));
         swept
     }
 

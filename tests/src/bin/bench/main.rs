@@ -1,4 +1,4 @@
-//! The benchmarks: `scripts/bench boot|devices|network|density`.
+//! The benchmarks: `scripts/bench boot|devices|network|density|instances`.
 //!
 //! Each figure is taken for `pulau-vmm` and, where `PULAU_BENCH_OTHER` names the program of another VMM
 //! that speaks the same API, for that one in turn, run by run, so that what the machine does meanwhile
@@ -8,6 +8,7 @@
 mod boot;
 mod density;
 mod devices;
+mod instances;
 mod measure;
 mod network;
 mod report;
@@ -18,12 +19,13 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 
 const USAGE: &str = "\
-Usage: bench boot|devices|network|density [--runs N] [--json FILE]
+Usage: bench boot|devices|network|density|instances [--runs N] [--json FILE]
 
   boot      process start to API, InstanceStart to the guest's init by phase, memory beyond the guest's
   devices   block throughput and latency at queue depth 1 and 32, by fio in the guest and on the host
   network   TCP throughput each way by iperf3, round trips by ping; the same over the host's loopback
   density   boots per second, one by one and side by side; idle microVMs in a given memory
+  instances request to agent by phase, beside a bare VMM; the API with 1000 simulated instances
 
 Environment: PULAU_BIN_DIR, PULAU_TEST_KERNEL, PULAU_TEST_ROOTFS_MINIMAL, PULAU_TEST_ROOTFS_BENCH (set by
 scripts/bench);
@@ -58,6 +60,7 @@ fn run() -> Result<()> {
         "boot" => boot::run(&contenders, options.runs.unwrap_or(15))?,
         "devices" => devices::run(&contenders, options.runs.unwrap_or(5))?,
         "network" => network::run(&contenders, options.runs.unwrap_or(5))?,
+        "instances" => instances::run(&contenders, options.runs.unwrap_or(50))?,
         "density" => density::run(&contenders, options.runs.unwrap_or(3))?,
         other => bail!("unknown benchmark {other}\n{USAGE}"),
     };

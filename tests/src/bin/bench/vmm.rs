@@ -26,6 +26,7 @@ pub const BOOT_ARGS: &str = "reboot=k panic=1 quiet loglevel=0 nomodule 8250.nr_
                              i8042.dumbkbd swiotlb=noforce pulau.overlay=tmpfs pulau.boot_timer";
 
 /// A program to measure.
+#[derive(Clone)]
 pub struct Contender {
     /// Name in the report.
     pub name: String,
