@@ -21,6 +21,7 @@ pub mod program;
 pub mod rate_limiter;
 pub mod seccomp;
 pub mod signals;
+pub mod snapshot;
 pub mod stop;
 pub mod vcpu;
 pub mod virtio;

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use kvm_ioctls::Kvm;
+use kvm_ioctls::{Kvm, VcpuFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -24,7 +24,7 @@ use crate::config::{HugePages, MachineConfig, VmConfig};
 use crate::devices::boot_timer::{self, BootTimer};
 use crate::devices::i8042::{self, I8042};
 use crate::devices::power::{self, Power, PvPanic};
-use crate::devices::serial::{self, Console};
+use crate::devices::serial::{self, Console, SerialState};
 use crate::event_loop::{EventLoop, lock};
 use crate::loader::{self, Entry, LoadError};
 use crate::memory::{self, Memory, MemoryError};
@@ -39,9 +39,12 @@ use crate::vm::{Vm, VmError};
 
 mod cmdline;
 mod operations;
+mod restore;
+mod save;
 mod virtio_devices;
 
 pub use cmdline::CmdlineError;
+pub use restore::RestoreError;
 pub use virtio_devices::DeviceError;
 
 /// Why a machine could not be built. The messages name the field or file at fault.
@@ -118,13 +121,32 @@ pub struct Resources<'a> {
 pub struct Machine {
     // The order matters: vCPUs end first, then KVM lets go of memory.
     vcpus: Vec<Vcpu>,
-    _vm: Vm,
+    vm: Vm,
     _registers: Vec<Arc<Registers>>,
-    _memory: Arc<Memory>,
+    memory: Arc<Memory>,
     keyboard: Arc<I8042>,
     console: Arc<Mutex<Console>>,
     boot_timer: Option<Arc<BootTimer>>,
+    transports: Vec<Arc<MmioTransport>>,
     devices: virtio_devices::Devices,
+    /// Raises the interrupt of the VM generation identifier.
+    _generation: Option<EventFd>,
+    acpi: bool,
+}
+
+/// A machine without its vCPUs.
+struct Board {
+    vm: Vm,
+    memory: Arc<Memory>,
+    keyboard: Arc<I8042>,
+    console: Arc<Mutex<Console>>,
+    boot_timer: Option<Arc<BootTimer>>,
+    transports: Vec<Arc<MmioTransport>>,
+    devices: virtio_devices::Devices,
+    windows: Vec<VirtioWindow>,
+    registers: Vec<Arc<Registers>>,
+    acknowledgements: Arc<Acknowledgements>,
+    environment: Environment,
 }
 
 /// Interrupt line of the VM generation announcement: the first, so that virtio devices follow in a row.
@@ -133,58 +155,23 @@ const IRQ_VMGENID: u32 = layout::IRQ_VIRTIO_FIRST;
 impl Machine {
     /// Builds the machine that `config` describes. Its vCPUs wait for [`Machine::run`].
     pub fn build(config: &VmConfig, resources: Resources) -> Result<Self, BuildError> {
-        let Resources { kvm, event_loop, stop, boot_timer, console, mmds, prepare_vcpu } = resources;
-        let boot_timer = boot_timer.then(|| Arc::new(BootTimer::start()));
+        let boot_timer = resources.boot_timer.then(|| Arc::new(BootTimer::start()));
+        let prepare_vcpu = resources.prepare_vcpu;
         let huge = config.machine.huge_pages == HugePages::Hugetlbfs2M;
         let memory = Arc::new(memory::create(config.machine.mem_size_mib, huge)?);
         if config.machine.huge_pages == HugePages::Transparent {
             memory::advise_huge(&memory);
         }
         let boot = load_boot_source(config, &memory)?;
-        let mut vm = Vm::new(kvm)?;
+        let mut vm = Vm::new(resources.kvm)?;
         if let Some(cpu) = &config.cpu {
-            cpu_config::check_capabilities(kvm, cpu)?;
+            cpu_config::check_capabilities(resources.kvm, cpu)?;
             cpu_config::apply_cpuid(vm.cpuid_mut(), cpu)?;
         }
-        vm.set_memory(&memory)?;
-
-        let (mut pio, mut mmio) = (Bus::default(), Bus::default());
-        let keyboard = Arc::new(I8042::new(event().map_err(host("eventfd"))?, stop.clone()));
-        vm.bind_irq(keyboard.irq(), layout::IRQ_KEYBOARD)?;
-        pio.insert(layout::PORT_I8042, i8042::PORTS, keyboard.clone())?;
-        pio.insert(layout::PORT_POWER, power::PORTS, Arc::new(Power(stop.clone())))?;
-        pio.insert(layout::PORT_PVPANIC, 1, Arc::new(PvPanic(stop.clone())))?;
-        let console = attach_console(config, console, &vm, &mut pio, event_loop)?;
-        if let Some(timer) = &boot_timer {
-            mmio.insert(layout::BOOT_TIMER, boot_timer::WINDOW, timer.clone())?;
-        }
-
-        let mut placer = Placer {
-            vm: &mut vm,
-            mmio: &mut mmio,
-            memory: &memory,
-            event_loop,
-            mmds,
-            windows: Vec::new(),
-            registers: Vec::new(),
-            acknowledgements: Arc::default(),
-        };
-        let devices = virtio_devices::create(config, &mut placer)?;
-        let Placer { windows, registers, acknowledgements, .. } = placer;
-
-        write_firmware(config, &memory, &boot, &windows)?;
-        let environment = Environment { pio: Arc::new(pio), mmio: Arc::new(mmio), stop };
-        let vcpus = start_vcpus(config, &vm, &boot.entry, environment, prepare_vcpu, &acknowledgements)?;
-        Ok(Self {
-            vcpus,
-            _vm: vm,
-            _registers: registers,
-            _memory: memory,
-            keyboard,
-            console,
-            boot_timer,
-            devices,
-        })
+        let board = Board::new(config, vm, memory, resources, boot_timer, None)?;
+        write_firmware(config, &board.memory, &boot, &board.windows)?;
+        let vcpus = start_vcpus(config, &board, &boot.entry, prepare_vcpu)?;
+        Ok(board.with(vcpus, None, !cmdline::acpi_is_off(config)))
     }
 
     /// Lets the vCPUs run.
@@ -197,6 +184,89 @@ impl Machine {
     /// Time the guest took to its init, where the boot timer is on and it got there.
     pub fn guest_init_time(&self) -> Option<std::time::Duration> {
         self.boot_timer.as_ref()?.guest_init()
+    }
+}
+
+impl Board {
+    /// Puts memory and devices into a fresh VM. With `saved`, the serial port goes on from there.
+    fn new(
+        config: &VmConfig,
+        mut vm: Vm,
+        memory: Arc<Memory>,
+        resources: Resources,
+        boot_timer: Option<Arc<BootTimer>>,
+        saved: Option<&SerialState>,
+    ) -> Result<Self, BuildError> {
+        let Resources { event_loop, stop, console, mmds, .. } = resources;
+        vm.set_memory(&memory)?;
+
+        let (mut pio, mut mmio) = (Bus::default(), Bus::default());
+        let keyboard = Arc::new(I8042::new(event().map_err(host("eventfd"))?, stop.clone()));
+        vm.bind_irq(keyboard.irq(), layout::IRQ_KEYBOARD)?;
+        pio.insert(layout::PORT_I8042, i8042::PORTS, keyboard.clone())?;
+        pio.insert(layout::PORT_POWER, power::PORTS, Arc::new(Power(stop.clone())))?;
+        pio.insert(layout::PORT_PVPANIC, 1, Arc::new(PvPanic(stop.clone())))?;
+        let console = attach_console(config, console, saved, &vm, &mut pio, event_loop)?;
+        if let Some(timer) = &boot_timer {
+            mmio.insert(layout::BOOT_TIMER, boot_timer::WINDOW, timer.clone())?;
+        }
+
+        let mut placer = Placer {
+            vm: &mut vm,
+            mmio: &mut mmio,
+            memory: &memory,
+            event_loop,
+            mmds,
+            windows: Vec::new(),
+            registers: Vec::new(),
+            transports: Vec::new(),
+            acknowledgements: Arc::default(),
+        };
+        let devices = virtio_devices::create(config, &mut placer)?;
+        let Placer { windows, registers, transports, acknowledgements, .. } = placer;
+        let environment = Environment { pio: Arc::new(pio), mmio: Arc::new(mmio), stop };
+        Ok(Self {
+            vm,
+            memory,
+            keyboard,
+            console,
+            boot_timer,
+            transports,
+            devices,
+            windows,
+            registers,
+            acknowledgements,
+            environment,
+        })
+    }
+
+    /// The machine that this is with vCPUs.
+    fn with(self, vcpus: Vec<Vcpu>, generation: Option<EventFd>, acpi: bool) -> Machine {
+        Machine {
+            vcpus,
+            vm: self.vm,
+            _registers: self.registers,
+            memory: self.memory,
+            keyboard: self.keyboard,
+            console: self.console,
+            boot_timer: self.boot_timer,
+            transports: self.transports,
+            devices: self.devices,
+            _generation: generation,
+            acpi,
+        }
+    }
+}
+
+impl Board {
+    /// Starts a thread for each vCPU, which waits.
+    fn start(&self, fds: Vec<VcpuFd>, prepare: fn() -> io::Result<()>) -> Result<Vec<Vcpu>, BuildError> {
+        vcpu::install_kick_handler().map_err(host("signal handler"))?;
+        if let Some(fd) = fds.first() {
+            self.acknowledgements.attach(fd).map_err(host("ring of acknowledgements"))?;
+        }
+        let start = |(index, fd)| Vcpu::start(fd, index, self.environment.clone(), prepare);
+        Ok((0..).zip(fds).map(start).collect::<Result<_, _>>()?)
     }
 }
 
@@ -240,6 +310,7 @@ fn load_boot_source(config: &VmConfig, memory: &Memory) -> Result<Boot, BuildErr
 fn attach_console(
     config: &VmConfig,
     sink: serial::Sink,
+    saved: Option<&SerialState>,
     vm: &Vm,
     pio: &mut Bus,
     event_loop: &mut EventLoop,
@@ -248,7 +319,7 @@ fn attach_console(
     vm.bind_irq(&irq, layout::IRQ_SERIAL)?;
     let limit = config.serial.as_ref().and_then(|serial| serial.rate_limiter);
     let limit = limit.and_then(|limit| TokenBucket::from_config(&limit, Instant::now()));
-    let (port, console) = serial::create(irq, sink, limit).map_err(host("serial console"))?;
+    let (port, console) = serial::create(irq, sink, limit, saved).map_err(host("serial console"))?;
     pio.insert(layout::PORT_SERIAL, serial::PORTS, Arc::new(port))?;
     let console = Arc::new(Mutex::new(console));
     let events = event_loop.subscribe(console.clone());
@@ -289,17 +360,14 @@ fn random(bytes: &mut [u8]) -> io::Result<()> {
 
 fn start_vcpus(
     config: &VmConfig,
-    vm: &Vm,
+    board: &Board,
     entry: &Entry,
-    environment: Environment,
     prepare: fn() -> io::Result<()>,
-    acknowledgements: &Acknowledgements,
 ) -> Result<Vec<Vcpu>, BuildError> {
-    vcpu::install_kick_handler().map_err(host("signal handler"))?;
     let MachineConfig { vcpu_count: count, smt, .. } = config.machine;
     let mut fds = Vec::new();
     for index in 0..count {
-        let fd = vcpu::create(vm.fd(), vm.cpuid(), Topology { index, count, smt })?;
+        let fd = vcpu::create(board.vm.fd(), board.vm.cpuid(), Topology { index, count, smt })?;
         vcpu::set_boot_msrs(&fd, index)?;
         if let Some(cpu) = &config.cpu {
             cpu_config::apply_msrs(&fd, cpu)?;
@@ -309,11 +377,7 @@ fn start_vcpus(
         }
         fds.push(fd);
     }
-    if let Some(fd) = fds.first() {
-        acknowledgements.attach(fd).map_err(host("ring of acknowledgements"))?;
-    }
-    let start = |(index, fd)| Vcpu::start(fd, index, environment.clone(), prepare);
-    Ok((0..count).zip(fds).map(start).collect::<Result<_, _>>()?)
+    board.start(fds, prepare)
 }
 
 fn event() -> io::Result<EventFd> {
@@ -329,6 +393,7 @@ struct Placer<'a> {
     mmds: SharedMmds,
     windows: Vec<VirtioWindow>,
     registers: Vec<Arc<Registers>>,
+    transports: Vec<Arc<MmioTransport>>,
     acknowledgements: Arc<Acknowledgements>,
 }
 
@@ -352,7 +417,9 @@ impl Placer<'_> {
         for (queue, notifier) in transport.notifiers().iter().enumerate() {
             self.vm.bind_notification(notifier, window.address + mmio::QUEUE_NOTIFY, queue as u32)?;
         }
-        self.mmio.insert(window.address, mmio::WINDOW, Arc::new(transport) as Arc<dyn BusDevice>)?;
+        let transport = Arc::new(transport);
+        self.mmio.insert(window.address, mmio::WINDOW, transport.clone() as Arc<dyn BusDevice>)?;
+        self.transports.push(transport);
         // SAFETY: `Machine` keeps the registers, and drops them after the VM.
         unsafe { self.vm.show_registers(window.address, &registers) }?;
         if self.vm.note_writes(window.address + mmio::INTERRUPT_ACK)? {

@@ -1,13 +1,17 @@
 //! Guest physical memory: where it lies, how it is backed, and the one type every device uses for it.
 //!
 //! Memory is anonymous and private, taken lazily from the host (no reservation), with transparent
-//! huge pages where the host grants them, or explicit 2 MiB pages from hugetlbfs on request. This
-//! module never touches what is inside.
+//! huge pages where the host grants them, or explicit 2 MiB pages from hugetlbfs on request; or it is a private
+//! mapping of a snapshot's memory file. This module never touches what is inside.
 
+use std::fs::File;
 use std::io;
 
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MmapRegion,
+};
 
 use crate::arch::layout;
 
@@ -33,6 +37,16 @@ pub enum MemoryError {
         /// The host's answer.
         source: io::Error,
     },
+    /// The memory file is not one of this machine.
+    #[error(
+        "the memory file has {found} bytes, and the microVM {size_mib} MiB of memory: it belongs to another"
+    )]
+    FileLength {
+        /// Length of the file, in bytes.
+        found: u64,
+        /// Memory of the machine, in MiB.
+        size_mib: u64,
+    },
     /// The regions do not form an address space.
     #[error("guest memory regions: {0}")]
     Regions(#[from] vm_memory::region::GuestRegionCollectionError),
@@ -55,14 +69,41 @@ pub fn create(size_mib: u64, huge: bool) -> Result<Memory, MemoryError> {
             .with_hugetlbfs(huge)
             .build()
             .map_err(|e| MemoryError::Map { size_mib, huge, source: io::Error::other(e) })?;
-        // Guest memory must not end up in a core file.
-        // SAFETY: the range is the mapping just made; the call changes no contents.
-        unsafe { libc::madvise(mapping.as_ptr().cast(), len, libc::MADV_DONTDUMP) };
-        let region =
-            GuestRegionMmap::new(mapping, GuestAddress(start)).ok_or(MemoryError::TooLarge(size_mib))?;
-        regions.push(region);
+        regions.push(region(mapping, start, size_mib)?);
     }
     Ok(Memory::from_regions(regions)?)
+}
+
+/// Maps guest memory of `size_mib` MiB out of a snapshot's memory file: privately, so that what the guest writes
+/// is its own and what it only reads is shared with all who have the file mapped. Nothing is read yet.
+pub fn map(file: &File, size_mib: u64) -> Result<Memory, MemoryError> {
+    let size = size_mib.checked_mul(MIB).ok_or(MemoryError::TooLarge(size_mib))?;
+    let failed = |source| MemoryError::Map { size_mib, huge: false, source };
+    let found = file.metadata().map_err(failed)?.len();
+    if found != size {
+        return Err(MemoryError::FileLength { found, size_mib });
+    }
+    let mut regions = Vec::with_capacity(2);
+    let mut offset = 0;
+    for (start, len) in ranges(size) {
+        let bytes = usize::try_from(len).map_err(|_| MemoryError::TooLarge(size_mib))?;
+        let mapping = MmapRegionBuilder::new(bytes)
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_NORESERVE)
+            .with_file_offset(FileOffset::new(file.try_clone().map_err(failed)?, offset))
+            .build()
+            .map_err(|e| failed(io::Error::other(e)))?;
+        regions.push(region(mapping, start, size_mib)?);
+        offset += len;
+    }
+    Ok(Memory::from_regions(regions)?)
+}
+
+fn region(mapping: MmapRegion, start: u64, size_mib: u64) -> Result<GuestRegionMmap, MemoryError> {
+    // Guest memory must not end up in a core file.
+    // SAFETY: the range is the mapping just made; the call changes no contents.
+    unsafe { libc::madvise(mapping.as_ptr().cast(), mapping.size(), libc::MADV_DONTDUMP) };
+    GuestRegionMmap::new(mapping, GuestAddress(start)).ok_or(MemoryError::TooLarge(size_mib))
 }
 
 /// Asks the host to back guest memory with transparent huge pages; a host that does not is no error.

@@ -13,7 +13,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
 use kvm_bindings::{CpuId, Msrs};
@@ -80,25 +80,32 @@ struct Shared {
 struct ImmediateExit(*const AtomicU8);
 
 // SAFETY: the byte lies in a page shared with the kernel for as long as the VcpuFd lives; it is only
-// accessed atomically, and `Vcpu` outlives its thread, which owns the VcpuFd.
+// accessed atomically, and `Vcpu` owns the VcpuFd too.
 unsafe impl Send for ImmediateExit {}
 
 /// The controlling side of a vCPU.
 pub struct Vcpu {
     shared: Arc<Shared>,
+    /// Its thread has it but while it is paused.
+    fd: Arc<Mutex<VcpuFd>>,
     immediate_exit: ImmediateExit,
-    thread: Option<JoinHandle<VcpuFd>>,
+    thread: Option<JoinHandle<()>>,
 }
 
 /// Creates vCPU `topology.index` of the VM with this VM's CPUID and boot MSRs.
 pub fn create(vm: &VmFd, cpuid: &CpuId, topology: Topology) -> Result<VcpuFd, VcpuError> {
     let index = topology.index;
     let kvm = |what| move |source| VcpuError::Kvm { index, what, source };
-    let fd = vm.create_vcpu(index.into()).map_err(kvm("create"))?;
+    let fd = create_empty(vm, index)?;
     let mut cpuid = cpuid.clone();
     cpu::adapt_cpuid(&mut cpuid, topology);
     fd.set_cpuid2(&cpuid).map_err(kvm("set CPUID"))?;
     Ok(fd)
+}
+
+/// Creates vCPU `index` of the VM, for a state to be put into.
+pub fn create_empty(vm: &VmFd, index: u8) -> Result<VcpuFd, VcpuError> {
+    vm.create_vcpu(index.into()).map_err(|source| VcpuError::Kvm { index, what: "create", source })
 }
 
 /// Puts the first vCPU at the kernel's entry point. Others wait for it to start them.
@@ -134,7 +141,8 @@ impl Vcpu {
         let shared =
             Arc::new(Shared { state: Mutex::new((Wanted::Paused, Actual::Paused)), changed: Condvar::new() });
         let immediate_exit = ImmediateExit((&raw const fd.get_kvm_run().immediate_exit).cast());
-        let thread_shared = shared.clone();
+        let fd = Arc::new(Mutex::new(fd));
+        let (thread_shared, thread_fd) = (shared.clone(), fd.clone());
         let thread = std::thread::Builder::new()
             .name(format!("vcpu {index}"))
             .stack_size(256 << 10)
@@ -143,12 +151,11 @@ impl Vcpu {
                     environment.stop.stop(StopReason::Failure(format!("vCPU {index}: {e}")));
                     thread_shared.set_actual(Actual::Ended);
                 } else {
-                    run(&mut fd, index, &environment, &thread_shared);
+                    run(&thread_fd, index, &environment, &thread_shared);
                 }
-                fd
             })
             .map_err(VcpuError::Thread)?;
-        Ok(Self { shared, immediate_exit, thread: Some(thread) })
+        Ok(Self { shared, fd, immediate_exit, thread: Some(thread) })
     }
 
     /// Lets the vCPU run.
@@ -167,6 +174,11 @@ impl Vcpu {
         while state.1 == Actual::Running {
             state = self.shared.changed.wait(state).unwrap_or_else(|e| e.into_inner());
         }
+    }
+
+    /// What KVM is asked about it while it does not run: waits until it is paused, or has ended.
+    pub fn fd(&self) -> MutexGuard<'_, VcpuFd> {
+        lock(&self.fd)
     }
 
     fn want(&self, wanted: Wanted) {
@@ -189,7 +201,7 @@ impl Vcpu {
     /// Gets the vCPU out of guest code, once.
     fn kick(&self) {
         let Some(thread) = &self.thread else { return };
-        // SAFETY: the page is mapped while the thread that owns the VcpuFd lives or until it is joined.
+        // SAFETY: the page is mapped for as long as the VcpuFd lives, which `self` has.
         unsafe { &*self.immediate_exit.0 }.store(1, Ordering::SeqCst);
         use std::os::unix::thread::JoinHandleExt;
         // SAFETY: the thread has not been joined, so its id is valid.
@@ -254,9 +266,9 @@ pub fn install_kick_handler() -> io::Result<()> {
     Ok(())
 }
 
-fn run(fd: &mut VcpuFd, index: u8, environment: &Environment, shared: &Shared) {
+fn run(fd: &Mutex<VcpuFd>, index: u8, environment: &Environment, shared: &Shared) {
     while shared.may_run() {
-        if let Err(reason) = run_until_kicked(fd, index, environment) {
+        if let Err(reason) = run_until_kicked(&mut lock(fd), index, environment) {
             environment.stop.stop(reason);
             shared.set_actual(Actual::Ended);
             return;

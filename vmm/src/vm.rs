@@ -23,6 +23,8 @@ pub struct Vm {
     read_only: bool,
     /// Writes can be noted for later.
     coalesced: bool,
+    /// Model-specific registers that are part of a vCPU's state.
+    msrs: Vec<u32>,
 }
 
 /// A request that KVM refused.
@@ -71,7 +73,9 @@ impl Vm {
         fd.create_irq_chip().map_err(kvm("create interrupt controllers"))?;
         let (read_only, coalesced) =
             (host.check_extension(Cap::ReadonlyMem), host.check_extension(Cap::CoalescedMmio));
-        Ok(Self { fd, cpuid, next_slot: 0, max_slots, read_only, coalesced })
+        let msrs = host.get_msr_index_list().map_err(kvm("list model-specific registers"))?;
+        let msrs = msrs.as_slice().to_vec();
+        Ok(Self { fd, cpuid, next_slot: 0, max_slots, read_only, coalesced, msrs })
     }
 
     /// The underlying descriptor, for creating vCPUs.
@@ -87,6 +91,11 @@ impl Vm {
     /// The same, to change before vCPUs are created.
     pub fn cpuid_mut(&mut self) -> &mut CpuId {
         &mut self.cpuid
+    }
+
+    /// Model-specific registers that KVM keeps for a vCPU.
+    pub fn msrs(&self) -> &[u32] {
+        &self.msrs
     }
 
     /// Makes `memory` the guest's physical memory.

@@ -10,7 +10,7 @@ use pulau_vmm::virtio::mmio::{MmioTransport, WINDOW};
 use pulau_vmm::virtio::{
     ActivateError, Activation, F_VERSION_1, FIRST_DEVICE_TOKEN, Interrupt, VirtioDevice,
 };
-use virtio_queue::QueueT;
+use virtio_queue::{QueueState, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::Input;
@@ -151,6 +151,10 @@ impl VirtioDevice for Behind {
         self.set(0x70, 15);
         assert_eq!(self.get(0x70), 15, "not started");
         Ok(())
+    }
+
+    fn queues(&self) -> Vec<QueueState> {
+        self.device.lock().expect("one thread").queues()
     }
 
     fn pause(&mut self) {

@@ -117,4 +117,6 @@ pub enum ConfigError {
 
     #[error("snapshot: either mem_backend or mem_file_path is required, and not both")]
     SnapshotBackend,
+    #[error("snapshot: it has no {kind} {id:?} to override")]
+    SnapshotNoDevice { kind: &'static str, id: String },
 }

@@ -55,8 +55,8 @@ pub use pmem::{PmemConfig, PmemUpdate};
 pub use rate_limiter::{RateLimiterConfig, TokenBucketConfig};
 pub use serial::SerialConfig;
 pub use snapshot::{
-    MemBackend, MemBackendType, NetworkOverride, SnapshotCreateConfig, SnapshotHugePages, SnapshotLoadConfig,
-    SnapshotType, VsockOverride,
+    DriveOverride, MemBackend, MemBackendType, NetworkOverride, SnapshotCreateConfig, SnapshotHugePages,
+    SnapshotLoadConfig, SnapshotType, VsockOverride,
 };
 pub use vm::VmConfig;
 pub use vsock::VsockConfig;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::ConfigError;
+use super::{ConfigError, SerialConfig, VmConfig};
 
 /// What a snapshot holds of guest memory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -60,6 +60,14 @@ pub struct VsockOverride {
     pub uds_path: PathBuf,
 }
 
+/// Another file for a drive of the snapshot (not in Firecracker).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DriveOverride {
+    pub drive_id: String,
+    pub path_on_host: PathBuf,
+}
+
 /// How guest memory is backed after a restore.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SnapshotHugePages {
@@ -94,6 +102,12 @@ pub struct SnapshotLoadConfig {
     pub network_overrides: Vec<NetworkOverride>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock_override: Option<VsockOverride>,
+    /// Not in Firecracker.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub drive_overrides: Vec<DriveOverride>,
+    /// Where the serial console goes, instead of where it went (not in Firecracker).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial_override: Option<SerialConfig>,
     /// Whether the guest's clock is moved by the time since the snapshot.
     #[serde(default, skip_serializing_if = "is_false")]
     pub clock_realtime: bool,
@@ -119,5 +133,32 @@ impl SnapshotLoadConfig {
             }
             _ => Err(ConfigError::SnapshotBackend),
         }
+    }
+
+    /// The configuration of a snapshot with what this request puts in the place of its own.
+    pub fn apply(&self, config: &mut VmConfig) -> Result<(), ConfigError> {
+        let unknown = |kind, id: &str| ConfigError::SnapshotNoDevice { kind, id: id.to_owned() };
+        for change in &self.drive_overrides {
+            let drive = config.drives.iter_mut().find(|drive| drive.drive_id == change.drive_id);
+            let drive = drive.ok_or_else(|| unknown("drive", &change.drive_id))?;
+            drive.path_on_host = Some(change.path_on_host.clone());
+            drive.check()?;
+        }
+        for change in &self.network_overrides {
+            let mut interfaces = config.network_interfaces.iter_mut();
+            let interface = interfaces.find(|interface| interface.iface_id == change.iface_id);
+            let interface = interface.ok_or_else(|| unknown("network interface", &change.iface_id))?;
+            interface.host_dev_name.clone_from(&change.host_dev_name);
+        }
+        if let Some(change) = &self.vsock_override {
+            let vsock = config.vsock.as_mut().ok_or_else(|| unknown("vsock device", ""))?;
+            vsock.uds_path.clone_from(&change.uds_path);
+            vsock.check()?;
+        }
+        if let Some(serial) = &self.serial_override {
+            config.set_serial(serial.clone());
+        }
+        config.machine.track_dirty_pages = self.track_dirty_pages || self.enable_diff_snapshots;
+        Ok(())
     }
 }

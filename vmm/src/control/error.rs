@@ -15,6 +15,12 @@ pub enum ControlError {
     NotAfterStart,
     #[error("The requested operation is not supported before starting the microVM.")]
     NotBeforeStart,
+    #[error("snapshot: the microVM must be paused first: PATCH /vm with state Paused")]
+    NotPaused,
+    #[error("snapshot: a snapshot is loaded into a microVM of which nothing has been configured")]
+    Configured,
+    #[error("Load microVM snapshot error: {0}")]
+    Load(#[source] StartError),
     #[error("{0} not supported.")]
     Unsupported(&'static str),
     #[error(transparent)]

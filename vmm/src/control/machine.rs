@@ -5,7 +5,7 @@ use std::error::Error;
 
 use crate::config::{
     BalloonHintingStart, BalloonHintingStatus, BalloonStats, DriveUpdate, NetworkInterfaceUpdate, PmemUpdate,
-    VmConfig,
+    SnapshotCreateConfig, SnapshotLoadConfig, VmConfig,
 };
 
 /// Why a machine could not be started. The message names the field or file at fault.
@@ -41,6 +41,10 @@ pub trait MachineBuilder {
     /// `config` has passed its own checks and has a boot source. With an error nothing is left
     /// behind (no file, socket, tap or thread), and the call may be repeated.
     fn start(&mut self, config: &VmConfig) -> Result<Box<dyn Machine>, StartError>;
+
+    /// Makes the machine of a snapshot, paused, and returns it with its configuration. With an error nothing is
+    /// left behind, and the call may be repeated.
+    fn load(&mut self, request: &SnapshotLoadConfig) -> Result<(Box<dyn Machine>, VmConfig), StartError>;
 }
 
 /// A started machine. Every call is made from the thread of the main loop and may take a moment,
@@ -51,6 +55,9 @@ pub trait Machine {
 
     /// Lets vCPUs and devices go on. Only called while paused.
     fn resume(&mut self) -> Result<(), MachineError>;
+
+    /// Writes a snapshot of the machine, which was made as `config` says. Only called while paused.
+    fn save(&mut self, request: &SnapshotCreateConfig, config: &VmConfig) -> Result<(), MachineError>;
 
     /// Presses Ctrl+Alt+Del on the guest's keyboard.
     fn send_ctrl_alt_del(&mut self) -> Result<(), MachineError>;

@@ -2,9 +2,10 @@
 //!
 //! ```text
 //!                     Start                     Pause
-//!   Not started ────────────────▶ Running ◀──────────────▶ Paused
-//!        │  ▲                        │          Resume        │
-//!        └──┘ Start failed           └───────▶ exit ◀─────────┘
+//!   Not started ────────────────▶ Running ◀──────────────▶ Paused ──┐ Create snapshot
+//!        │  ▲ │                      │          Resume       ▲ │ ▲  │
+//!        └──┘ │ Start or Load failed └───────▶ exit ◀────────┼─┘ └──┘
+//!             └──────────────────────────────────────────────┘ Load snapshot
 //! ```
 //!
 //! *Not started*: the process is there and nothing of the microVM is. Requests put together its
@@ -15,6 +16,9 @@
 //! nothing of the machine is left, the state remains *Not started*, and the client may correct the
 //! configuration and try again. If it succeeds the state is *Running*, and what configures a machine is
 //! refused with [`ControlError::NotAfterStart`] from then on.
+//!
+//! *Load snapshot* makes the machine of a snapshot, with its configuration, where nothing was configured before.
+//! It is paused, unless the request has it resumed at once. If that fails the state remains *Not started*.
 //!
 //! *Pause* stops every vCPU and device; *Resume* lets them go on. Asking for the state there already is
 //! succeeds and does nothing. If the machine fails to pause or resume, the state is the one before.
@@ -33,14 +37,19 @@ mod files;
 mod machine;
 mod runtime;
 
+use std::time::Instant;
+
 use serde_json::Value;
 
 pub use error::ControlError;
 pub use machine::{Machine, MachineBuilder, MachineError, StartError};
 
 use crate::api::{Action, Answer};
-use crate::config::{CpuConfigSource, FullVmConfig, InstanceInfo, MmdsConfig, VmConfig, VmState};
+use crate::config::{
+    CpuConfigSource, FullVmConfig, InstanceInfo, MmdsConfig, SnapshotLoadConfig, VmConfig, VmState,
+};
 use crate::event_loop::lock;
+use crate::metrics::METRICS;
 use crate::mmds::{Mmds, MmdsError, SharedMmds};
 use crate::{logger, metrics};
 
@@ -186,7 +195,7 @@ impl Controller {
             Action::SetLogger(logger) => logger::configure(&logger)?,
             Action::SetMetrics(metrics) => metrics::configure(&metrics, &self.instance_id)?,
             Action::Start => self.start()?,
-            Action::LoadSnapshot(_) => return Err(ControlError::Unsupported("Snapshots are")),
+            Action::LoadSnapshot(request) => self.load_snapshot(&request)?,
             _ => return Err(ControlError::NotBeforeStart),
         }
         Ok(Answer::Done)
@@ -201,6 +210,27 @@ impl Controller {
         self.stage = Stage::Started { machine, paused: false, stop_asked_for: false };
         log::info!("The microVM was started.");
         Ok(())
+    }
+
+    fn load_snapshot(&mut self, request: &SnapshotLoadConfig) -> Result<(), ControlError> {
+        let Stage::NotStarted(builder) = &mut self.stage else {
+            return Err(ControlError::NotAfterStart);
+        };
+        if self.config != VmConfig::default() {
+            return Err(ControlError::Configured);
+        }
+        let begun = Instant::now();
+        let (mut machine, config) = builder.load(request).map_err(ControlError::Load)?;
+        if let Some(mmds) = &config.mmds {
+            self.mmds().configure(mmds.version, mmds.imds_compat);
+        }
+        self.config = config;
+        let resumed = if request.resume_vm { machine.resume() } else { Ok(()) };
+        let paused = !request.resume_vm || resumed.is_err();
+        self.stage = Stage::Started { machine, paused, stop_asked_for: false };
+        METRICS.latencies_us.load_snapshot.set(runtime::micros(begun));
+        log::info!("The microVM was made from a snapshot.");
+        Ok(resumed?)
     }
 
     fn instance_info(&self) -> InstanceInfo {

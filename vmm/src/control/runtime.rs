@@ -62,13 +62,18 @@ pub(super) fn handle(
             check_hinting(config)?;
             machine.stop_balloon_hinting()?;
         }
-        Action::CreateSnapshot(_) => return Err(ControlError::Unsupported("Snapshots are")),
+        Action::CreateSnapshot(_) if !*paused => return Err(ControlError::NotPaused),
+        Action::CreateSnapshot(request) => {
+            let begun = Instant::now();
+            machine.save(&request, config)?;
+            METRICS.latencies_us.full_create_snapshot.set(micros(begun));
+        }
         _ => return Err(ControlError::NotAfterStart),
     }
     Ok(Answer::Done)
 }
 
-fn micros(begun: Instant) -> u64 {
+pub(super) fn micros(begun: Instant) -> u64 {
     u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX)
 }
 

@@ -7,6 +7,7 @@
 use std::collections::VecDeque;
 use std::sync::Mutex;
 
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
@@ -35,7 +36,7 @@ const OUTPUT_MAX: usize = 16;
 const ACK: u8 = 0xfa;
 
 /// What the next byte written to the data port means.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 enum Expect {
     KeyboardCommand,
     KeyboardArgument,
@@ -44,16 +45,29 @@ enum Expect {
     Ignored,
 }
 
-struct State {
+/// What the controller consists of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct I8042State {
     control: u8,
     output: VecDeque<u8>,
     expect: Expect,
     last_was_command: bool,
 }
 
+impl Default for I8042State {
+    fn default() -> Self {
+        Self {
+            control: CONTROL_INTERRUPT | CONTROL_POST_OK | CONTROL_TRANSLATE,
+            output: VecDeque::new(),
+            expect: Expect::KeyboardCommand,
+            last_was_command: false,
+        }
+    }
+}
+
 /// See the module's text.
 pub struct I8042 {
-    state: Mutex<State>,
+    state: Mutex<I8042State>,
     irq: EventFd,
     stop: StopSink,
 }
@@ -61,13 +75,7 @@ pub struct I8042 {
 impl I8042 {
     /// A controller that raises `irq` for each byte of the keyboard and ends the VM on reset.
     pub fn new(irq: EventFd, stop: StopSink) -> Self {
-        let state = State {
-            control: CONTROL_INTERRUPT | CONTROL_POST_OK | CONTROL_TRANSLATE,
-            output: VecDeque::new(),
-            expect: Expect::KeyboardCommand,
-            last_was_command: false,
-        };
-        Self { state: Mutex::new(state), irq, stop }
+        Self { state: Mutex::default(), irq, stop }
     }
 
     /// Presses Ctrl-Alt-Del. `false` if the guest has not read the last press yet.
@@ -80,19 +88,31 @@ impl I8042 {
         idle
     }
 
+    /// What the controller consists of.
+    pub fn save(&self) -> I8042State {
+        lock(&self.state).clone()
+    }
+
+    /// Goes on from there. What does not fit is left out.
+    pub fn restore(&self, saved: &I8042State) {
+        let mut state = saved.clone();
+        state.output.truncate(OUTPUT_MAX);
+        *lock(&self.state) = state;
+    }
+
     /// The interrupt line, for registering it.
     pub fn irq(&self) -> &EventFd {
         &self.irq
     }
 
-    fn send(&self, state: &mut State, bytes: &[u8]) {
+    fn send(&self, state: &mut I8042State, bytes: &[u8]) {
         if state.output.len() + bytes.len() <= OUTPUT_MAX {
             state.output.extend(bytes);
             self.interrupt(state);
         }
     }
 
-    fn interrupt(&self, state: &State) {
+    fn interrupt(&self, state: &I8042State) {
         if !state.output.is_empty()
             && state.control & (CONTROL_INTERRUPT | CONTROL_DISABLED) == CONTROL_INTERRUPT
         {
@@ -100,7 +120,7 @@ impl I8042 {
         }
     }
 
-    fn command(&self, state: &mut State, command: u8) {
+    fn command(&self, state: &mut I8042State, command: u8) {
         state.last_was_command = true;
         state.expect = Expect::KeyboardCommand;
         match command {
@@ -128,7 +148,7 @@ impl I8042 {
         }
     }
 
-    fn data(&self, state: &mut State, value: u8) {
+    fn data(&self, state: &mut I8042State, value: u8) {
         state.last_was_command = false;
         match std::mem::replace(&mut state.expect, Expect::KeyboardCommand) {
             Expect::Control => state.control = value,

@@ -19,6 +19,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use log::{info, warn};
+use serde::{Deserialize, Serialize};
 use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
@@ -232,14 +233,21 @@ struct Client {
 }
 
 /// Makes the port, which raises `irq`, and the console that serves it from an event loop. Output beyond
-/// `limit`, in bytes, is dropped and counted.
-pub fn create(irq: EventFd, sink: Sink, limit: Option<TokenBucket>) -> io::Result<(SerialPort, Console)> {
+/// `limit`, in bytes, is dropped and counted. With `saved`, the port goes on from there.
+pub fn create(
+    irq: EventFd,
+    sink: Sink,
+    limit: Option<TokenBucket>,
+    saved: Option<&SerialState>,
+) -> io::Result<(SerialPort, Console)> {
     let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
     let (ready, room) = (event()?, event()?);
     let client = matches!(sink.input, Input::Client(_)).then(Queue::default);
     let pending = Arc::new(Mutex::new(Pending { client, ..Default::default() }));
     let output = Output { pending: pending.clone(), ready: ready.try_clone()?, limit };
-    let port = Arc::new(Mutex::new(Serial::with_events(Line(irq), Room(room.try_clone()?), output)));
+    let saved = saved.map_or_else(vm_superio::SerialState::default, Into::into);
+    let port = Serial::from_state(&saved, Line(irq), Room(room.try_clone()?), output);
+    let port = Arc::new(Mutex::new(port.map_err(io::Error::other)?));
     let console = Console {
         port: port.clone(),
         pending,
@@ -251,6 +259,53 @@ pub fn create(irq: EventFd, sink: Sink, limit: Option<TokenBucket>) -> io::Resul
         input_open: false,
     };
     Ok((SerialPort(port), console))
+}
+
+/// What the port's registers hold.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SerialState {
+    divisor: [u8; 2],
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    input: Vec<u8>,
+}
+
+impl From<vm_superio::SerialState> for SerialState {
+    fn from(state: vm_superio::SerialState) -> Self {
+        Self {
+            divisor: [state.baud_divisor_low, state.baud_divisor_high],
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            input: state.in_buffer,
+        }
+    }
+}
+
+impl From<&SerialState> for vm_superio::SerialState {
+    fn from(state: &SerialState) -> Self {
+        Self {
+            baud_divisor_low: state.divisor[0],
+            baud_divisor_high: state.divisor[1],
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            in_buffer: state.input.clone(),
+        }
+    }
 }
 
 /// What is left after some output was moved.
@@ -321,6 +376,11 @@ impl Console {
         }
         self.events = Some(events);
         Ok(())
+    }
+
+    /// What the port's registers hold.
+    pub fn save(&self) -> SerialState {
+        lock(&self.port).state().into()
     }
 
     /// Writes what is left, as far as it is taken without blocking. For the end of the VM.

@@ -12,7 +12,7 @@ fn fixture(sink: Sink) -> Fixture {
 }
 
 fn limited_fixture(sink: Sink, limit: Option<TokenBucket>) -> Fixture {
-    let (port, console) = create(EventFd::new(libc::EFD_NONBLOCK).unwrap(), sink, limit).unwrap();
+    let (port, console) = create(EventFd::new(libc::EFD_NONBLOCK).unwrap(), sink, limit, None).unwrap();
     let console = Arc::new(Mutex::new(console));
     let mut event_loop = EventLoop::new().unwrap();
     let events = event_loop.subscribe(console.clone());

@@ -5,6 +5,7 @@ use std::sync::MutexGuard;
 use super::Machine;
 use crate::config::{
     BalloonHintingStart, BalloonHintingStatus, BalloonStats, DriveUpdate, NetworkInterfaceUpdate, PmemUpdate,
+    SnapshotCreateConfig, VmConfig,
 };
 use crate::control::{self, MachineError};
 use crate::event_loop::lock;
@@ -23,9 +24,18 @@ impl control::Machine for Machine {
     }
 
     fn resume(&mut self) -> Result<(), MachineError> {
+        for vcpu in &self.vcpus {
+            // So that the guest's watchdog does not take the pause for a hang. A guest without KVM's clock has
+            // none that knows.
+            let _ = vcpu.fd().kvmclock_ctrl();
+        }
         self.devices.resume();
         self.run();
         Ok(())
+    }
+
+    fn save(&mut self, request: &SnapshotCreateConfig, config: &VmConfig) -> Result<(), MachineError> {
+        Machine::save(self, request, config).map_err(MachineError::failed)
     }
 
     fn send_ctrl_alt_del(&mut self) -> Result<(), MachineError> {

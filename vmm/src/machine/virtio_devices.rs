@@ -55,6 +55,7 @@ pub struct Devices {
     drives: Vec<Arc<Mutex<Block>>>,
     pmem: Vec<Arc<Mutex<Pmem>>>,
     networks: Vec<Arc<Mutex<Net>>>,
+    vsock: Option<Arc<Mutex<Vsock>>>,
     balloon: Option<Arc<Mutex<Balloon>>>,
 }
 
@@ -88,6 +89,11 @@ impl Devices {
     /// The persistent memory device with this id.
     pub fn pmem(&self, id: &str) -> Option<&Arc<Mutex<Pmem>>> {
         self.pmem.iter().find(|p| lock(p).id() == id)
+    }
+
+    /// The vsock device.
+    pub fn vsock(&self) -> Option<&Arc<Mutex<Vsock>>> {
+        self.vsock.as_ref()
     }
 
     /// The balloon.
@@ -142,7 +148,9 @@ pub(super) fn create(config: &VmConfig, placer: &mut Placer) -> Result<Devices, 
     }
     if let Some(vsock) = &config.vsock {
         let device = Vsock::new(vsock.guest_cid.into(), &vsock.uds_path).map_err(DeviceError::from)?;
-        devices.add(placer, Arc::new(Mutex::new(device)))?;
+        let device = Arc::new(Mutex::new(device));
+        devices.add(placer, device.clone())?;
+        devices.vsock = Some(device);
     }
     if let Some(entropy) = &config.entropy {
         let device = Rng::new(entropy.rate_limiter.as_ref()).map_err(|e| DeviceError::Host("entropy", e))?;

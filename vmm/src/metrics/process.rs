@@ -106,6 +106,8 @@ group! {
     pub struct LatencyMetrics {
         pause_vm: Gauge,
         resume_vm: Gauge,
+        full_create_snapshot: Gauge,
+        load_snapshot: Gauge,
     }
 }
 

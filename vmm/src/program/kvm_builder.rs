@@ -1,24 +1,30 @@
 //! Makes machines over KVM, for the controller.
 
 use std::cell::RefCell;
+use std::error::Error;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, IntoRawFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::Arc;
 
 use kvm_ioctls::Kvm;
 
-use crate::config::{SerialConfig, VmConfig};
+use crate::config::{
+    ConfigError, HugePages, MemBackendType, SerialConfig, SnapshotHugePages, SnapshotLoadConfig, VmConfig,
+};
 use crate::control::{self, MachineBuilder, StartError};
 use crate::devices::serial::{ConsoleSocket, Input, Sink};
 use crate::event_loop::EventLoop;
 use crate::jail;
 use crate::machine::{Machine, Resources};
+use crate::memory::{self, Memory, MemoryError};
 use crate::mmds::SharedMmds;
 use crate::seccomp::{self, Thread};
 use crate::signals;
+use crate::snapshot;
 use crate::stop::StopSink;
 
 /// Why a machine could not be started, before it came to building it.
@@ -26,12 +32,22 @@ use crate::stop::StopSink;
 enum StartFailure {
     #[error("machine-config: mem_size_mib {mem_size_mib} is more than this host's memory, {host_mib} MiB")]
     Memory { mem_size_mib: u64, host_mib: u64 },
+    #[error("snapshot_path {path:?}: {error}")]
+    State { path: PathBuf, error: Box<dyn Error + Send + Sync> },
+    #[error("mem_backend {path:?}: {error}")]
+    MemoryFile { path: PathBuf, error: MemoryError },
+    #[error(transparent)]
+    Backend(ConfigError),
+    #[error("mem_backend: backend_type Uffd is not supported: use File")]
+    Uffd,
+    #[error("huge_pages: memory in 2 MiB pages cannot be a mapping of a file: use None")]
+    HugeFile,
     #[error("cannot open /dev/kvm: {0}")]
     Kvm(io::Error),
     #[error("serial: serial_out_path {path:?}: {error}")]
-    SerialOutput { path: std::path::PathBuf, error: io::Error },
+    SerialOutput { path: PathBuf, error: io::Error },
     #[error("serial: socket_path {path:?}: {error}")]
-    SerialSocket { path: std::path::PathBuf, error: io::Error },
+    SerialSocket { path: PathBuf, error: io::Error },
     #[error("cannot filter system calls: {0}")]
     Filter(io::Error),
     #[error("the console cannot use standard input and output: {0}")]
@@ -80,28 +96,66 @@ impl Filters {
 
 impl MachineBuilder for KvmBuilder {
     fn start(&mut self, config: &VmConfig) -> Result<Box<dyn control::Machine>, StartError> {
-        self.filters.set_up().map_err(|error| StartError(StartFailure::Filter(error).into()))?;
-        let subscribers = self.event_loop.borrow().subscribers();
-        match self.build(config) {
-            Ok(machine) => {
-                // Its own from now on: before, what is at these paths may be somebody else's.
-                let console = config.serial.as_ref().and_then(|serial| serial.socket_path.as_deref());
-                let vsock = config.vsock.as_ref().map(|vsock| vsock.uds_path.as_path());
-                console.into_iter().chain(vsock).for_each(signals::remove_at_crash);
-                machine.run();
-                Ok(Box::new(machine))
-            }
-            Err(error) => {
-                // What of the machine had come as far as the event loop goes with it.
-                self.event_loop.borrow_mut().unsubscribe_from(subscribers);
-                Err(error)
-            }
-        }
+        let machine = self.make(config, |resources| Ok(Machine::build(config, resources)?))?;
+        machine.run();
+        Ok(Box::new(machine))
+    }
+
+    fn load(
+        &mut self,
+        request: &SnapshotLoadConfig,
+    ) -> Result<(Box<dyn control::Machine>, VmConfig), StartError> {
+        let fail = |failure: StartFailure| StartError(failure.into());
+        self.set_up_filters()?;
+        let state = snapshot::file::read(&request.snapshot_path);
+        let state = state.map_err(|error| {
+            fail(StartFailure::State { path: request.snapshot_path.clone(), error: error.into() })
+        })?;
+        let config = state.configuration();
+        let mut config = config.map_err(|error| {
+            fail(StartFailure::State { path: request.snapshot_path.clone(), error: error.into() })
+        })?;
+        request.apply(&mut config).map_err(|error| StartError(error.into()))?;
+        let memory = map_memory(request, &config).map_err(fail)?;
+        let machine = self.make(&config, |resources| {
+            Ok(Machine::restore(&state, &config, memory, request.clock_realtime, resources)?)
+        })?;
+        Ok((Box::new(machine), config))
     }
 }
 
 impl KvmBuilder {
-    fn build(&self, config: &VmConfig) -> Result<Machine, StartError> {
+    fn set_up_filters(&mut self) -> Result<(), StartError> {
+        self.filters.set_up().map_err(|error| StartError(StartFailure::Filter(error).into()))
+    }
+
+    /// Has `make` make the machine of `config`, and leaves nothing if it cannot.
+    fn make(
+        &mut self,
+        config: &VmConfig,
+        make: impl FnOnce(Resources) -> Result<Machine, Box<dyn Error + Send + Sync>>,
+    ) -> Result<Machine, StartError> {
+        self.set_up_filters()?;
+        let subscribers = self.event_loop.borrow().subscribers();
+        let made = self.build(config, make);
+        match &made {
+            Ok(_) => {
+                // Its own from now on: before, what is at these paths may be somebody else's.
+                let console = config.serial.as_ref().and_then(|serial| serial.socket_path.as_deref());
+                let vsock = config.vsock.as_ref().map(|vsock| vsock.uds_path.as_path());
+                console.into_iter().chain(vsock).for_each(signals::remove_at_crash);
+            }
+            // What of the machine had come as far as the event loop goes with it.
+            Err(_) => self.event_loop.borrow_mut().unsubscribe_from(subscribers),
+        }
+        made
+    }
+
+    fn build(
+        &self,
+        config: &VmConfig,
+        make: impl FnOnce(Resources) -> Result<Machine, Box<dyn Error + Send + Sync>>,
+    ) -> Result<Machine, StartError> {
         let fail = |failure: StartFailure| StartError(failure.into());
         check_memory(config.machine.mem_size_mib).map_err(fail)?;
         let console = console(config.serial.as_ref()).map_err(fail)?;
@@ -116,13 +170,36 @@ impl KvmBuilder {
             mmds: self.mmds.clone(),
             prepare_vcpu: self.filters.vcpu(),
         };
-        let machine = Machine::build(config, resources).map_err(|error| StartError(error.into()))?;
+        let machine = make(resources).map_err(StartError)?;
         if uses_terminal {
             signals::raw_terminal().map_err(StartFailure::Console).map_err(fail)?;
         }
         self.filters.run().map_err(StartFailure::Filter).map_err(fail)?;
         Ok(machine)
     }
+}
+
+/// Memory out of the snapshot's file.
+fn map_memory(request: &SnapshotLoadConfig, config: &VmConfig) -> Result<Arc<Memory>, StartFailure> {
+    let backend = request.backend().map_err(StartFailure::Backend)?;
+    let path = &backend.backend_path;
+    if backend.backend_type == MemBackendType::Uffd {
+        return Err(StartFailure::Uffd);
+    }
+    let huge = match request.huge_pages {
+        SnapshotHugePages::Snapshot => config.machine.huge_pages,
+        SnapshotHugePages::None => HugePages::None,
+        SnapshotHugePages::Transparent => HugePages::Transparent,
+        SnapshotHugePages::Hugetlbfs2M => HugePages::Hugetlbfs2M,
+    };
+    if huge == HugePages::Hugetlbfs2M {
+        return Err(StartFailure::HugeFile);
+    }
+    let error = |error| StartFailure::MemoryFile { path: path.clone(), error };
+    let file = File::open(path).map_err(|e| {
+        error(MemoryError::Map { size_mib: config.machine.mem_size_mib, huge: false, source: e })
+    })?;
+    Ok(Arc::new(memory::map(&file, config.machine.mem_size_mib).map_err(error)?))
 }
 
 /// Guests may together be promised more memory than there is, but none alone.

@@ -95,6 +95,11 @@ const MAIN: &[Rule] = &[
     allow(SYS_fdatasync),
     allow(SYS_fallocate),
     allow(SYS_io_uring_register),
+    // Snapshots: which pages of memory there are, and files that are put in their place when they are whole.
+    allow(SYS_mincore),
+    allow(SYS_sysinfo),
+    allow(SYS_ftruncate),
+    allow(SYS_rename),
     // Connections to the API and of the vsock device.
     allow_if(SYS_socket, 0, &[Is(AF_UNIX as u32)]),
     allow(SYS_connect),
@@ -125,14 +130,12 @@ const START: &[Rule] = &[
     allow(SYS_timerfd_create),
     allow(SYS_io_uring_setup),
     allow(SYS_memfd_create),
-    allow(SYS_ftruncate),
     allow(SYS_bind),
     allow(SYS_listen),
     allow(SYS_rt_sigaction),
     allow(SYS_prlimit64),
     allow(SYS_sched_getaffinity),
     allow(SYS_getpgrp),
-    allow(SYS_sysinfo),
     // Threads, as the C library makes them: with `clone3` or, when that is not there, with `clone`, whose
     // flags can be looked at. No other flags, so no processes and no namespaces.
     Rule { call: SYS_clone3, verdict: Verdict::Fail(ENOSYS as u16) },
@@ -172,10 +175,47 @@ const TCGETS: u32 = 0x5401;
 const TCSETS: u32 = 0x5402;
 const FIONBIO: u32 = 0x5421;
 
+const KVM_GET_IRQCHIP: u32 = 0xc208_ae62;
+const KVM_GET_CLOCK: u32 = 0x8030_ae7c;
+const KVM_GET_SREGS: u32 = 0x8138_ae83;
+const KVM_GET_MSRS: u32 = 0xc008_ae88;
+const KVM_GET_LAPIC: u32 = 0x8400_ae8e;
+const KVM_GET_CPUID2: u32 = 0xc008_ae91;
+const KVM_GET_MP_STATE: u32 = 0x8004_ae98;
+const KVM_GET_VCPU_EVENTS: u32 = 0x8040_ae9f;
+const KVM_GET_DEBUGREGS: u32 = 0x8080_aea1;
+const KVM_GET_TSC_KHZ: u32 = 0xaea3;
+const KVM_GET_XSAVE: u32 = 0x9000_aea4;
+const KVM_GET_XCRS: u32 = 0x8188_aea6;
+const KVM_KVMCLOCK_CTRL: u32 = 0xaead;
+const KVM_GET_DEVICE_ATTR: u32 = 0x4018_aee2;
+
 /// Requests of the main thread: drives that are block devices, the terminal's settings at the end,
-/// sockets that do not block.
-const MAIN_IOCTLS: [Test; 6] =
-    [Is(BLKDISCARD), Is(BLKZEROOUT), Is(BLKGETSIZE64), Is(TCGETS), Is(TCSETS), Is(FIONBIO)];
+/// sockets that do not block; and what a machine that stands still is asked for a snapshot, and told when it
+/// goes on.
+const MAIN_IOCTLS: [Test; 21] = [
+    Is(BLKDISCARD),
+    Is(BLKZEROOUT),
+    Is(BLKGETSIZE64),
+    Is(TCGETS),
+    Is(TCSETS),
+    Is(FIONBIO),
+    Is(KVM_GET_REGS),
+    Is(KVM_GET_IRQCHIP),
+    Is(KVM_GET_CLOCK),
+    Is(KVM_GET_SREGS),
+    Is(KVM_GET_MSRS),
+    Is(KVM_GET_LAPIC),
+    Is(KVM_GET_CPUID2),
+    Is(KVM_GET_MP_STATE),
+    Is(KVM_GET_VCPU_EVENTS),
+    Is(KVM_GET_DEBUGREGS),
+    Is(KVM_GET_TSC_KHZ),
+    Is(KVM_GET_XSAVE),
+    Is(KVM_GET_XCRS),
+    Is(KVM_KVMCLOCK_CTRL),
+    Is(KVM_GET_DEVICE_ATTR),
+];
 
 const KVM: Test = Masked(0xff00, 0xae00);
 const TUNSETIFF: u32 = 0x4004_54ca;

@@ -22,6 +22,7 @@ use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::registers::Registers;
+use super::state::{RestoreError, SavedQueue, TransportState};
 use super::{Activation, F_RING_EVENT_IDX, F_VERSION_1, Interrupt, VirtioDevice};
 use crate::bus::BusDevice;
 use crate::event_loop::{EventLoop, EventSet, Events, Subscriber, lock};
@@ -146,6 +147,79 @@ impl MmioTransport {
         state.show();
         state.show_config_space();
         Ok(Self { state: Mutex::new(state), notifiers })
+    }
+
+    /// What it and its device consist of. Called only while the device is paused and no vCPU runs.
+    pub fn save(&self) -> TransportState {
+        let state = lock(&self.state);
+        let working = lock(&state.device).queues();
+        TransportState {
+            device_type: state.device_type,
+            driver_features: state.driver_features,
+            feature_page: state.feature_page,
+            driver_feature_page: state.driver_feature_page,
+            queue_select: state.queue_select,
+            status: state.status,
+            active: state.active,
+            needs_reset: state.interrupt.is_broken(),
+            interrupt_status: state.interrupt.pending(),
+            config_generation: state.registers().at(CONFIG_GENERATION).load(Ordering::SeqCst),
+            queues: state.queues.iter().map(|queue| queue.state().into()).collect(),
+            working: working.into_iter().map(SavedQueue::from).collect(),
+        }
+    }
+
+    /// Puts a transport and a device that are as they were made into the state that others like them had. The
+    /// device begins to work when it is resumed.
+    pub fn restore(&self, saved: &TransportState) -> Result<(), RestoreError> {
+        let mut state = lock(&self.state);
+        if saved.device_type != state.device_type {
+            return Err(RestoreError::Type { found: state.device_type, wanted: saved.device_type });
+        }
+        let sizes = |queues: &[SavedQueue]| queues.iter().map(SavedQueue::max_size).collect::<Vec<_>>();
+        if sizes(&saved.queues) != state.queues.iter().map(QueueT::max_size).collect::<Vec<_>>()
+            || saved.working.len() > saved.queues.len()
+        {
+            return Err(RestoreError::Queues);
+        }
+        let missing = saved.driver_features & !state.features();
+        if missing != 0 {
+            return Err(RestoreError::Features(missing));
+        }
+        let queues = |saved: &[SavedQueue]| saved.iter().map(|q| q.to_queue()).collect::<Result<Vec<_>, _>>();
+        state.queues = queues(&saved.queues)?;
+        state.driver_features = saved.driver_features;
+        state.feature_page = saved.feature_page;
+        state.driver_feature_page = saved.driver_feature_page;
+        state.queue_select = saved.queue_select;
+        state.status = saved.status;
+        state.registers().at(CONFIG_GENERATION).store(saved.config_generation, Ordering::SeqCst);
+        lock(&state.device).pause();
+        if saved.needs_reset {
+            state.interrupt.needs_reset();
+        } else if saved.active && !saved.working.is_empty() {
+            let queues = queues(&saved.working)?;
+            if queues.iter().any(|queue| queue.ready() && !queue.is_valid(&*state.memory)) {
+                return Err(RestoreError::Queue(virtio_queue::Error::InvalidSize));
+            }
+            let activation = Activation {
+                memory: state.memory.clone(),
+                queues,
+                features: saved.driver_features,
+                interrupt: state.interrupt.clone(),
+            };
+            lock(&state.device).activate(activation)?;
+            state.active = true;
+        }
+        state.show();
+        state.show_config_space();
+        state.interrupt.set_pending(saved.interrupt_status);
+        Ok(())
+    }
+
+    /// Interrupts the guest once more for what it may not have heard of. Called once interrupts arrive again.
+    pub fn interrupt_again(&self) {
+        lock(&self.state).interrupt.raise_again();
     }
 
     /// The queues' notification descriptors, by index.

@@ -1,4 +1,4 @@
-use virtio_queue::QueueT;
+use virtio_queue::{QueueState, QueueT};
 
 use super::*;
 use crate::memory;
@@ -10,6 +10,7 @@ struct Fake {
     resets: usize,
     seen: Vec<u32>,
     refuse: bool,
+    working: Vec<QueueState>,
     config: [u8; 6],
 }
 
@@ -46,7 +47,11 @@ impl VirtioDevice for Fake {
         let event_idx = activation.features & F_RING_EVENT_IDX != 0;
         assert!(activation.queues.iter().all(|q| q.event_idx_enabled() == event_idx));
         self.activated = Some((activation.features, sizes));
+        self.working = activation.queues.iter().map(|queue| queue.state()).collect();
         Ok(())
+    }
+    fn queues(&self) -> Vec<QueueState> {
+        self.working.clone()
     }
     fn reset(&mut self) {
         self.resets += 1;
@@ -93,6 +98,11 @@ impl Fixture {
         self.write(0x44, 1);
     }
 
+    /// Those the driver accepted.
+    fn features(&self) -> u64 {
+        F_VERSION_1 | F_RING_EVENT_IDX | 1 << 5
+    }
+
     fn negotiate(&self) {
         self.write(STATUS, 1);
         self.write(STATUS, 3);
@@ -102,6 +112,58 @@ impl Fixture {
         }
         self.write(STATUS, 11);
     }
+}
+
+#[test]
+fn another_device_goes_on_from_a_saved_state() {
+    let f = fixture();
+    f.negotiate();
+    f.place_queue(0, 128, 0x1_0000);
+    f.place_queue(1, 16, 0x2_0000);
+    f.write(STATUS, 15);
+    f.interrupt.config(&[9; 6]);
+    // As it would have gone on.
+    lock(&f.device).working[0].next_avail = 77;
+    let saved = f.transport.save();
+
+    let other = fixture();
+    other.transport.restore(&saved).unwrap();
+    assert_eq!(lock(&other.device).activated, Some((f.features(), vec![128, 16])));
+    assert_eq!(lock(&other.device).working[0].next_avail, 77);
+    assert_eq!((other.read(STATUS), other.read(INTERRUPT_STATUS)), (15, 2));
+    assert_eq!(other.read(CONFIG_GENERATION), f.read(CONFIG_GENERATION));
+    assert_eq!(other.transport.save(), saved);
+    assert!(other.interrupt.irqfd().read().is_err(), "nothing is raised yet");
+    other.transport.interrupt_again();
+    assert!(other.interrupt.irqfd().read().is_ok());
+    other.write(STATUS, 0);
+    assert_eq!((other.read(STATUS), lock(&other.device).resets), (0, 1));
+}
+
+#[test]
+fn states_of_other_devices_are_refused() {
+    let f = fixture();
+    f.negotiate();
+    f.place_queue(0, 128, 0x1_0000);
+    f.place_queue(1, 16, 0x2_0000);
+    f.write(STATUS, 15);
+    let error = |change: fn(&mut TransportState)| {
+        let mut saved = f.transport.save();
+        change(&mut saved);
+        let other = fixture();
+        let error = other.transport.restore(&saved).unwrap_err();
+        assert_eq!(lock(&other.device).activated, None);
+        error
+    };
+    assert!(matches!(error(|s| s.device_type = 2), RestoreError::Type { found: 42, wanted: 2 }));
+    assert!(matches!(error(|s| s.driver_features |= 1 << 7), RestoreError::Features(128)));
+    assert!(matches!(error(|s| _ = s.queues.pop()), RestoreError::Queues));
+    let outside = |s: &mut TransportState| {
+        let queue =
+            QueueState { size: 16, ready: true, desc_table: 1 << 40, max_size: 16, ..Default::default() };
+        s.working[1] = queue.into();
+    };
+    assert!(matches!(error(outside), RestoreError::Queue(_)));
 }
 
 #[test]

@@ -16,7 +16,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-use virtio_queue::Queue;
+use virtio_queue::{Queue, QueueState};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::event_loop::{Events, Subscriber};
@@ -32,6 +32,7 @@ pub mod net;
 pub mod pmem;
 pub mod registers;
 pub mod rng;
+pub mod state;
 #[cfg(test)]
 pub mod testing;
 pub mod used;
@@ -129,6 +130,26 @@ impl Interrupt {
         self.0.needs_reset.load(Ordering::SeqCst)
     }
 
+    /// What interrupts were for that the driver has not acknowledged.
+    fn pending(&self) -> u32 {
+        self.0.acknowledgements.take();
+        self.status().load(Ordering::SeqCst)
+    }
+
+    /// What interrupts were for that the driver has not acknowledged, in a device put back into a state. None is
+    /// raised.
+    fn set_pending(&self, bits: u32) {
+        self.status().store(bits, Ordering::SeqCst);
+    }
+
+    /// Raises again what the driver has not acknowledged: the interrupt itself may not have reached the guest.
+    fn raise_again(&self) {
+        let bits = self.pending();
+        if bits != 0 {
+            self.raise(bits);
+        }
+    }
+
     fn clear(&self) {
         self.0.acknowledgements.take();
         self.status().store(0, Ordering::SeqCst);
@@ -196,6 +217,10 @@ pub trait VirtioDevice: Subscriber {
 
     /// Goes on after `pause`, with what was notified meanwhile too.
     fn resume(&mut self) {}
+
+    /// Its queues by index as they stand: what an activation needs to go on from here. Empty if it is not active
+    /// or has broken down. Called only while paused.
+    fn queues(&self) -> Vec<QueueState>;
 
     /// Stop and forget the activation. Called only when active; when it returns, the device no longer
     /// touches guest memory.

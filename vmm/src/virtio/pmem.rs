@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 use log::warn;
 use virtio_bindings::virtio_ids::VIRTIO_ID_PMEM;
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT, Writer};
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueState, QueueT, Writer};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::buffers::{BadChain, check_length};
@@ -311,6 +311,10 @@ impl VirtioDevice for Pmem {
         }
         self.active = Some(Active { memory, queue, interrupt, broken: false });
         Ok(())
+    }
+
+    fn queues(&self) -> Vec<QueueState> {
+        self.active.iter().filter(|active| !active.broken).map(|active| active.queue.state()).collect()
     }
 
     fn pause(&mut self) {

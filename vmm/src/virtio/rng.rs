@@ -7,7 +7,7 @@ use std::io;
 use std::sync::Arc;
 
 use log::warn;
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::buffers::{BadChain, Direction, GuestBuffers};
@@ -171,6 +171,10 @@ impl VirtioDevice for Rng {
         let buffers = GuestBuffers::new(memory.clone());
         self.active = Some(Active { queue, memory, interrupt, buffers });
         Ok(())
+    }
+
+    fn queues(&self) -> Vec<QueueState> {
+        self.active.iter().map(|active| active.queue.state()).collect()
     }
 
     fn reset(&mut self) {

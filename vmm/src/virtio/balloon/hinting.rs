@@ -9,6 +9,8 @@
 //! ```
 //! Ranges that do not belong to the present command are left alone: the driver may be using them again.
 
+use serde::{Deserialize, Serialize};
+
 use crate::config::BalloonHintingStatus;
 
 /// `VIRTIO_BALLOON_CMD_ID_STOP`: the driver has named everything. Also what a fresh device says.
@@ -17,7 +19,7 @@ pub const STOP: u32 = 0;
 pub const DONE: u32 = 1;
 
 /// Where a run stands.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hinting {
     /// What the configuration space says.
     host: u32,

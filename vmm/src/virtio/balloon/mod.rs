@@ -24,9 +24,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use log::warn;
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use virtio_queue::desc::split::Descriptor;
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueState, QueueT};
 use vm_memory::{Address, Bytes};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
@@ -101,6 +102,16 @@ pub struct Balloon {
     active: Option<Active>,
     paused: bool,
     metrics: Arc<BalloonMetrics>,
+    /// What the first activation after a restore begins with.
+    stats_chain: Option<u16>,
+}
+
+/// What a balloon has to remember besides its queues.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalloonState {
+    actual: u32,
+    stats_chain: Option<u16>,
+    hinting: Hinting,
 }
 
 /// What a queue is for.
@@ -168,7 +179,21 @@ impl Balloon {
             active: None,
             paused: false,
             metrics,
+            stats_chain: None,
         })
+    }
+
+    /// What it has to remember besides its queues.
+    pub fn save(&self) -> BalloonState {
+        let stats_chain = self.active.as_ref().and_then(|active| active.stats_chain);
+        BalloonState { actual: self.actual, stats_chain, hinting: self.hinting.clone() }
+    }
+
+    /// Remembers what another one did. Called before it is activated.
+    pub fn restore(&mut self, saved: &BalloonState) {
+        self.actual = saved.actual;
+        self.stats_chain = saved.stats_chain;
+        self.hinting = saved.hinting.clone();
     }
 
     /// Sets how much the balloon should hold.
@@ -469,7 +494,7 @@ impl VirtioDevice for Balloon {
             memory,
             queues,
             interrupt,
-            stats_chain: None,
+            stats_chain: self.stats_chain.take(),
             broken: false,
             complained: false,
             work: 0,
@@ -477,6 +502,11 @@ impl VirtioDevice for Balloon {
         });
         self.start_timer();
         Ok(())
+    }
+
+    fn queues(&self) -> Vec<QueueState> {
+        let Some(active) = self.active.as_ref().filter(|active| !active.broken) else { return Vec::new() };
+        active.queues.iter().map(|(_, queue)| queue.state()).collect()
     }
 
     fn pause(&mut self) {

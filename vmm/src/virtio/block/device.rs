@@ -17,7 +17,7 @@ use std::sync::Arc;
 use log::warn;
 use virtio_bindings::virtio_blk::*;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::request::{Limits, MAX_CLEAR_SECTORS, MAX_DESCRIPTORS, Operation, Request, SERIAL_LEN};
@@ -528,6 +528,10 @@ impl VirtioDevice for Block {
             spare: Vec::new(),
         });
         Ok(())
+    }
+
+    fn queues(&self) -> Vec<QueueState> {
+        self.active.iter().filter(|active| !active.broken).map(|active| active.queue.state()).collect()
     }
 
     fn pause(&mut self) {

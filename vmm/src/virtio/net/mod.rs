@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use log::warn;
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
@@ -579,6 +579,11 @@ impl VirtioDevice for Net {
         if let Some(events) = &self.events {
             self.unwatch(events);
         }
+    }
+
+    fn queues(&self) -> Vec<QueueState> {
+        let Some(active) = &self.active else { return Vec::new() };
+        vec![active.rx.state(), active.tx.state()]
     }
 
     /// Buffers taken ahead go back to the ring, so that the queues are as the driver knows them; a frame

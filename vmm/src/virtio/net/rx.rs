@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
 
 use super::tap::HEADER_SIZE;
 use crate::memory::Memory;
@@ -103,6 +103,12 @@ impl RxQueue {
         }
         self.places.skip(covered);
         Ok(())
+    }
+
+    /// The queue as it stands, with nothing taken ahead.
+    pub fn state(&self) -> QueueState {
+        debug_assert!(self.taken.is_empty());
+        self.queue.state()
     }
 
     /// Shows the driver all frames finished.

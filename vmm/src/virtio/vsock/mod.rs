@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use log::warn;
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 use self::muxer::{Delivered, Muxer};
@@ -299,6 +299,11 @@ impl VirtioDevice for Vsock {
             reset_pending: false,
         });
         Ok(())
+    }
+
+    fn queues(&self) -> Vec<QueueState> {
+        let Some(active) = &self.active else { return Vec::new() };
+        vec![active.rx.state(), active.tx.state(), active.event.state()]
     }
 
     fn reset(&mut self) {

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
 
 use super::packet::{HEADER_SIZE, Header};
 use crate::memory::Memory;
@@ -115,6 +115,12 @@ impl RxRing {
     fn add_used(&mut self, head: u16, len: u32) -> Result<(), BrokenDriver> {
         self.used = true;
         Ok(self.queue.add_used(&*self.memory, head, len)?)
+    }
+
+    /// The queue as it stands, with nothing taken ahead.
+    pub fn state(&self) -> QueueState {
+        debug_assert!(self.taken.is_empty());
+        self.queue.state()
     }
 
     /// Gives all taken chains back to the ring, as if they had never been taken.
