@@ -90,7 +90,7 @@ impl Machine {
         }
         state.vm.write(board.vm.fd())?;
         let vcpus = board.start(fds, prepare_vcpu)?;
-        let generation = if state.acpi { Some(announce_generation(&board)?) } else { None };
+        let generation = if state.acpi { announce_generation(state, &board)? } else { None };
         board.transports.iter().for_each(|transport| transport.interrupt_again());
         if let Some(vsock) = board.devices.vsock() {
             lock(vsock).reset_connections();
@@ -124,13 +124,16 @@ fn restore_devices(state: &State, board: &Board) -> Result<(), RestoreError> {
 }
 
 /// Tells the guest that it is another machine from now on (Microsoft's Virtual Machine Generation ID): returns
-/// what has raised the interrupt.
-fn announce_generation(board: &Board) -> Result<EventFd, RestoreError> {
+/// what has raised the interrupt, if there is a driver already that takes it.
+fn announce_generation(state: &State, board: &Board) -> Result<Option<EventFd>, RestoreError> {
     let mut id = [0; 16];
     random(&mut id).map_err(host("random numbers"))?;
     board.memory.write_slice(&id, GuestAddress(layout::VMGENID)).map_err(BuildError::from)?;
+    if !state.vm.takes_interrupt(IRQ_VMGENID) {
+        return Ok(None);
+    }
     let interrupt = event().map_err(host("eventfd"))?;
     board.vm.bind_irq(&interrupt, IRQ_VMGENID)?;
     interrupt.write(1).map_err(host("eventfd"))?;
-    Ok(interrupt)
+    Ok(Some(interrupt))
 }

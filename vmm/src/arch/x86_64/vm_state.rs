@@ -69,6 +69,9 @@ impl Resumed {
     }
 }
 
+/// Bit of an IOAPIC's redirection entry (Intel 82093AA, 3.2.4).
+const IOAPIC_MASKED: u64 = 1 << 16;
+
 fn host_tsc() -> u64 {
     // SAFETY: every 64-bit processor has the instruction.
     unsafe { core::arch::x86_64::_rdtsc() }
@@ -89,6 +92,17 @@ impl VmState {
     /// Puts the interrupt controllers' state into a machine whose vCPUs are there.
     pub fn write(&self, vm: &VmFd) -> Result<(), StateError> {
         self.chips.iter().try_for_each(|chip| vm.set_irqchip(chip).map_err(kvm("set interrupt controller")))
+    }
+
+    /// Whether the guest takes interrupts of this line of the IOAPIC. Before it has set that up, an interrupt would
+    /// come by the PICs, as an exception of the same number.
+    pub fn takes_interrupt(&self, line: u32) -> bool {
+        self.chips.iter().filter(|chip| chip.chip_id == KVM_IRQCHIP_IOAPIC).any(|chip| {
+            // SAFETY: of a chip with this number it is the member that KVM has filled; any bits are a value of it.
+            let entries = unsafe { chip.chip.ioapic.redirtbl };
+            // SAFETY: both members of the union are the same bits.
+            entries.get(line as usize).is_some_and(|entry| unsafe { entry.bits } & IOAPIC_MASKED == 0)
+        })
     }
 
     /// Sets KVM's clock of a machine. If `advance`, the time that has passed by the wall clock is added.

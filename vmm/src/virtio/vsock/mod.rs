@@ -17,10 +17,12 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use log::warn;
 use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
+use vm_memory::{Address, Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use self::muxer::{Delivered, Muxer};
@@ -222,6 +224,21 @@ impl Active {
         Ok(delivered == Delivered::EnoughForNow || self.tx_held && muxer.takes_packets())
     }
 
+    /// Asks to be notified of the next event buffer that the driver offers, behind those that are there: not of
+    /// the next that is not taken, which is what the queue itself would ask for (virtio 1.2, 2.7.7).
+    fn want_next_event_buffer(&mut self) -> Result<(), BrokenDriver> {
+        self.event.enable_notification(&*self.memory)?;
+        if self.event.event_idx_enabled() {
+            let offered = self.event.avail_idx(&*self.memory, Ordering::Acquire)?.0;
+            let place = 4 + 8 * u64::from(self.event.size());
+            let place = GuestAddress(self.event.used_ring()).checked_add(place);
+            let place = place.ok_or(virtio_queue::Error::AddressOverflow)?;
+            let written = self.memory.store(offered.to_le(), place, Ordering::Release);
+            written.map_err(virtio_queue::Error::GuestMemory)?;
+        }
+        Ok(())
+    }
+
     fn send_transport_reset(&mut self) -> Result<(), BrokenDriver> {
         if !self.event.ready() {
             return Ok(());
@@ -236,7 +253,7 @@ impl Active {
         let len = self.packet.write_at(0, &EVENT_TRANSPORT_RESET.to_le_bytes());
         self.event.add_used(&*self.memory, head, len as u32)?;
         // The driver offers the buffer again when it is through.
-        self.event.enable_notification(&*self.memory)?;
+        self.want_next_event_buffer()?;
         self.reset_pending = true;
         self.event.needs_notification(&*self.memory)?;
         self.interrupt.queue();

@@ -795,6 +795,19 @@ fn after_a_transport_reset_connections_wait_for_the_driver() {
     guest.expect(op::REQUEST);
 }
 
+/// Linux offers several, and would otherwise see that its notification was wanted of an earlier one only.
+#[test]
+fn after_a_transport_reset_the_driver_notifies_of_the_next_event_buffer() {
+    let mut guest = Guest::with_features(F_RING_EVENT_IDX);
+    for at in 0..8 {
+        guest.driver.queues[EVENT].offer(&[(0x1000 + 8 * at, 4, true)]);
+    }
+    lock(&guest.device).reset_connections();
+    let used_ring = guest.driver.activation(0).queues[EVENT].used_ring();
+    let size = u64::from(guest.driver.activation(0).queues[EVENT].size());
+    assert_eq!(guest.driver.read(used_ring + 4 + 8 * size, 2), 8u16.to_le_bytes());
+}
+
 #[test]
 fn nothing_reaches_guest_memory_during_a_pause_and_nothing_is_lost() {
     let mut guest = Guest::with_buffers();
