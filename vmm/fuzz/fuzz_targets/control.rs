@@ -17,7 +17,7 @@ use libfuzzer_sys::fuzz_target;
 use pulau_vmm::api::{Action, Answer, ApiServer, ApiSocket, respond, route, serve};
 use pulau_vmm::config::{
     BalloonHintingStart, BalloonHintingStatus, BalloonStats, DriveUpdate, FullVmConfig,
-    NetworkInterfaceUpdate, PmemUpdate, VmConfig,
+    NetworkInterfaceUpdate, PmemUpdate, SnapshotCreateConfig, SnapshotLoadConfig, VmConfig,
 };
 use pulau_vmm::control::{Controller, Machine, MachineBuilder, MachineError, StartError};
 use pulau_vmm::event_loop::EventLoop;
@@ -53,6 +53,13 @@ impl MachineBuilder for Fake {
         self.call().map_err(|e| StartError(e.into()))?;
         Ok(Box::new(self.clone()))
     }
+
+    fn load(&mut self, request: &SnapshotLoadConfig) -> Result<(Box<dyn Machine>, VmConfig), StartError> {
+        let mut config = VmConfig::default();
+        request.apply(&mut config).map_err(|e| StartError(e.into()))?;
+        self.call().map_err(|e| StartError(e.into()))?;
+        Ok((Box::new(self.clone()), config))
+    }
 }
 
 impl Machine for Fake {
@@ -60,6 +67,9 @@ impl Machine for Fake {
         self.call()
     }
     fn resume(&mut self) -> Result<(), MachineError> {
+        self.call()
+    }
+    fn save(&mut self, _: &SnapshotCreateConfig, _: &VmConfig) -> Result<(), MachineError> {
         self.call()
     }
     fn send_ctrl_alt_del(&mut self) -> Result<(), MachineError> {

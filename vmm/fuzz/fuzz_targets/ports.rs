@@ -46,7 +46,7 @@ fuzz_target!(|data: &[u8]| DIR.with(|dir| {
     let line = irq.try_clone().expect("descriptors");
     let output = File::options().write(true).open("/dev/null").expect("it is always there");
     let sink = Sink { output, input: serial::Input::Client(socket) };
-    let (port, console) = serial::create(irq, sink, limit).expect("descriptors");
+    let (port, console) = serial::create(irq, sink, limit, None).expect("descriptors");
     let console = Arc::new(Mutex::new(console));
     let mut event_loop = EventLoop::new().expect("an epoll descriptor");
     let events = event_loop.subscribe(console.clone());

@@ -99,6 +99,11 @@ pub fn decode(bytes: &[u8]) -> Result<State, FileError> {
     if long(24) != CRC.checksum(body) {
         return Err(FileError::Checksum);
     }
+    contents(body)
+}
+
+/// The state that is behind a header.
+pub fn contents(body: &[u8]) -> Result<State, FileError> {
     match postcard::take_from_bytes(body) {
         Ok((state, [])) => Ok(state),
         Ok(_) => Err(FileError::Contents(postcard::Error::DeserializeBadEncoding)),
