@@ -1,11 +1,13 @@
 //! The Pulau host manager: the parts behind the `pulau` program.
 
+pub mod balancer;
 pub mod cli;
 pub mod client;
 pub mod doctor;
 pub mod fault;
 pub mod files;
 pub mod http;
+pub mod groups;
 pub mod image;
 pub mod instances;
 pub mod microvm;

@@ -286,8 +286,8 @@ fn published_ports_lead_to_guests() {
     let (one, any) = (port(Some(HOST), 8080, "10.77.1.4"), port(None, 8081, "10.77.2.4"));
     assert!(!site.outside.connects(HOST, 8080));
     for published in [one, any] {
-        site.run(fabric.publish(published)).unwrap();
-        site.run(fabric.publish(published)).unwrap();
+        site.run(fabric.publish(published.address, vec![published])).unwrap();
+        site.run(fabric.publish(published.address, vec![published])).unwrap();
     }
     let ask = |from: &Namespace, address: &str, port: u16| {
         from.sh(&format!("timeout 5 busybox nc {address} {port} </dev/null")).trim().to_owned()
@@ -305,12 +305,13 @@ fn published_ports_lead_to_guests() {
     site.outside.sh(&format!("ip route add 203.0.113.1 via {HOST}"));
     assert!(!site.outside.connects("203.0.113.1", 8080) && site.outside.connects("203.0.113.1", 8081));
     assert!(!site.outside.connects("10.77.1.4", 80));
-    let error = site.run(fabric.publish(port(Some(HOST), 8080, "10.77.1.5"))).unwrap_err().to_string();
+    let taken = port(Some(HOST), 8080, "10.77.1.5");
+    let error = site.run(fabric.publish(taken.address, vec![taken])).unwrap_err().to_string();
     assert!(error.contains("8080 of the host leads somewhere else"), "{error}");
-    for published in [one, any] {
-        site.run(fabric.unpublish(published)).unwrap();
-        site.run(fabric.unpublish(published)).unwrap();
-    }
+    // It ends by request, or when the guest goes.
+    site.run(fabric.publish(one.address, vec![])).unwrap();
+    site.run(fabric.publish(one.address, vec![])).unwrap();
+    site.run(fabric.detach("pl-blue1")).unwrap();
     assert!(!site.outside.connects(HOST, 8080) && !site.outside.connects(HOST, 8081));
 }
 
@@ -535,7 +536,7 @@ fn dns_answers_for_the_guests_own_network_and_passes_on_the_rest() {
         address: "10.77.1.5".parse().unwrap(),
         port: 53,
     };
-    site.run(fabric.publish(published)).unwrap();
+    site.run(fabric.publish(published.address, vec![published])).unwrap();
     assert_eq!(ask(&red1, "10.77.1.1", false, A, "red2"), found(&["10.77.1.5"]));
     // Names go with their guests, and networks with their servers.
     site.run(fabric.detach("pl-red2")).unwrap();

@@ -93,6 +93,8 @@ fn classify(error: &Error) -> (StatusCode, &'static str) {
         Error::NotFound { kind, .. } => (StatusCode::NOT_FOUND, not_found(*kind)),
         Error::Exists { kind, .. } => (StatusCode::CONFLICT, exists(*kind)),
         Error::InUse { kind, .. } => (StatusCode::CONFLICT, in_use(*kind)),
+        Error::PortInUse { .. } => (StatusCode::CONFLICT, "PortInUse"),
+        Error::State { kind: Kind::Group, .. } => (StatusCode::CONFLICT, "IncorrectGroupState"),
         Error::State { kind: Kind::Instance, .. } => (StatusCode::CONFLICT, "IncorrectInstanceState"),
         Error::State { .. } => (StatusCode::CONFLICT, "IncorrectState"),
         Error::Invalid { .. } => (StatusCode::BAD_REQUEST, "InvalidParameterValue"),
@@ -117,12 +119,15 @@ fn classify(error: &Error) -> (StatusCode, &'static str) {
 
 fn not_found(kind: Kind) -> &'static str {
     match kind {
+        Kind::Group => "InvalidAutoScalingGroup.NotFound",
         Kind::Image => "InvalidImageID.NotFound",
         Kind::Instance => "InvalidInstanceID.NotFound",
         Kind::InstanceType => "InvalidInstanceType",
         Kind::KeyPair => "InvalidKeyPair.NotFound",
+        Kind::LoadBalancer => "LoadBalancerNotFound",
         Kind::Network => "InvalidNetworkID.NotFound",
         Kind::Patch => "InvalidPatchID.NotFound",
+        Kind::PublishedPort => "InvalidPort.NotFound",
         Kind::SecurityGroup => "InvalidGroup.NotFound",
         Kind::Snapshot => "InvalidSnapshot.NotFound",
         Kind::Token => "InvalidToken.NotFound",
@@ -132,12 +137,19 @@ fn not_found(kind: Kind) -> &'static str {
 
 fn exists(kind: Kind) -> &'static str {
     match kind {
+        Kind::Group => "InvalidAutoScalingGroup.Duplicate",
         Kind::Image => "InvalidImageName.Duplicate",
         Kind::KeyPair => "InvalidKeyPair.Duplicate",
+        Kind::LoadBalancer => "DuplicateLoadBalancerName",
         Kind::Network => "InvalidNetworkName.Duplicate",
         Kind::SecurityGroup => "InvalidGroup.Duplicate",
         Kind::Token => "InvalidToken.Duplicate",
-        Kind::Instance | Kind::InstanceType | Kind::Patch | Kind::Snapshot | Kind::Volume => "Duplicate",
+        Kind::Instance
+        | Kind::InstanceType
+        | Kind::Patch
+        | Kind::PublishedPort
+        | Kind::Snapshot
+        | Kind::Volume => "Duplicate",
     }
 }
 

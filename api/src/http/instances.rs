@@ -16,7 +16,7 @@ use super::list::ListInstances;
 use super::{Api, List, follow};
 use crate::instances::{Error, ModifyInstance, RunInstances, StopInstance};
 use crate::microvm::Usage;
-use crate::model::{INSTANCE_TYPES, Instance, InstanceState, InstanceType};
+use crate::model::{INSTANCE_TYPES, Instance, InstanceState, InstanceType, PublishedPort};
 
 /// Longest wait for a state.
 const LONGEST_WAIT: u64 = 600;
@@ -109,6 +109,30 @@ pub async fn reboot(
     Path(id): Path<String>,
 ) -> Result<(StatusCode, Json<Arc<Instance>>), Refusal> {
     Ok((StatusCode::ACCEPTED, Json(api.instances.reboot(&id).await?)))
+}
+
+/// Publish a port of an instance: have a port of the host lead to it, whatever its security groups say.
+#[utoipa::path(post, path = "/v1/instances/{id}/publish", tag = "instances", params(("id" = String, Path, description = "Id of the instance.")),
+    request_body = PublishedPort,
+    responses((status = 200, description = "The instance.", body = Instance), (status = "default", description = "Refused.", body = ErrorBody)))]
+pub async fn publish(
+    State(api): State<Arc<Api>>,
+    Path(id): Path<String>,
+    Body(port): Body<PublishedPort>,
+) -> Result<Json<Arc<Instance>>, Refusal> {
+    Ok(Json(api.instances.publish(&id, port).await?))
+}
+
+/// Take back that a port is published. Connections that exist go on.
+#[utoipa::path(post, path = "/v1/instances/{id}/unpublish", tag = "instances", params(("id" = String, Path, description = "Id of the instance.")),
+    request_body = PublishedPort,
+    responses((status = 200, description = "The instance.", body = Instance), (status = "default", description = "Refused.", body = ErrorBody)))]
+pub async fn unpublish(
+    State(api): State<Arc<Api>>,
+    Path(id): Path<String>,
+    Body(port): Body<PublishedPort>,
+) -> Result<Json<Arc<Instance>>, Refusal> {
+    Ok(Json(api.instances.unpublish(&id, port).await?))
 }
 
 /// What to wait for.

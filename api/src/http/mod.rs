@@ -134,6 +134,8 @@ fn described() -> (Router<Arc<Api>>, utoipa::openapi::OpenApi) {
         .routes(routes!(instances::start))
         .routes(routes!(instances::stop))
         .routes(routes!(instances::reboot))
+        .routes(routes!(instances::publish))
+        .routes(routes!(instances::unpublish))
         .routes(routes!(instances::wait))
         .routes(routes!(instances::console))
         .routes(routes!(instances::metrics))

@@ -28,8 +28,8 @@ use super::{copies, launch, volumes};
 use crate::fault;
 use crate::microvm::{Ending, MicroVm, Reason, Stop};
 use crate::model::{
-    BootReport, Check, Desired, Instance, InstanceState, ShutdownBehavior, StateReason, StatusChecks,
-    VolumeState, reason,
+    BootReport, Check, Desired, Instance, InstanceState, PublishedPort, ShutdownBehavior, StateReason,
+    StatusChecks, VolumeState, reason,
 };
 
 /// Before a failed machine is started again.
@@ -46,12 +46,15 @@ struct Booted {
     since: Moment,
     /// What its guest was told last; None if that is not known.
     told: Option<Told>,
+    /// Telling it failed the last time.
+    behind: bool,
 }
 
 /// What changes of a record reach a running guest by.
 #[derive(PartialEq)]
 struct Told {
     groups: Vec<String>,
+    ports: Vec<PublishedPort>,
     metadata: serde_json::Value,
 }
 
@@ -79,8 +82,13 @@ impl Driver {
     pub fn new(host: Host, id: String, shared: Shared, adopted: Option<(MicroVm, u64)>) -> Self {
         let Shared { wake, current, disks } = shared;
         current.send_replace(adopted.as_ref().map(|(vm, _)| vm.clone()));
-        let machine =
-            adopted.map(|(vm, generation)| Booted { vm, generation, since: Moment::now(), told: None });
+        let machine = adopted.map(|(vm, generation)| Booted {
+            vm,
+            generation,
+            since: Moment::now(),
+            told: None,
+            behind: false,
+        });
         Driver { host, id, wake, machine, current, disks, failures: 0, recoveries: Recoveries::default() }
     }
 
@@ -145,7 +153,7 @@ impl Driver {
                 fault::point("instance.booted");
                 self.current.send_replace(Some(vm.clone()));
                 let (generation, since) = (instance.generation, Moment::now());
-                self.machine = Some(Booted { vm, generation, since, told });
+                self.machine = Some(Booted { vm, generation, since, told, behind: false });
                 let (id, now) = (&self.id, self.host.now());
                 let modified = self.host.records.modify(id, |instance: &mut Instance| {
                     if instance.desired == Desired::Running {
@@ -185,8 +193,8 @@ impl Driver {
         report.network_us = Some(elapsed());
         fault::point("instance.network");
         let spec = launch::spec(&self.host, instance).map_err(|error| Failed::because(&error))?;
-        let groups = instance.security_groups.clone();
-        let told = spec.metadata.clone().map(|metadata| Told { groups, metadata });
+        let (groups, ports) = (instance.security_groups.clone(), instance.published_ports.clone());
+        let told = spec.metadata.clone().map(|metadata| Told { groups, ports, metadata });
         let vm = self.host.machines.create(spec);
         let starting = vm.clone();
         let mut started = std::pin::pin!(starting.started());
@@ -277,6 +285,9 @@ impl Driver {
                     if let Some(status) = looks.take(&look, self.host.wiring.is_connected()) {
                         self.write_status(status, &vm, since, generation).await?;
                     }
+                    if self.is_behind() {
+                        self.update_guest().await;
+                    }
                     if let Some(why) = looks.wedged()
                         && self.recover(why, since, generation).await?
                     {
@@ -285,6 +296,11 @@ impl Driver {
                 }
             }
         }
+    }
+
+    /// Whether a change did not reach the guest or its network, and is to be tried again.
+    fn is_behind(&self) -> bool {
+        self.machine.as_ref().is_some_and(|machine| machine.behind)
     }
 
     /// Tells a running guest's metadata and network what has changed of its record.
@@ -298,7 +314,8 @@ impl Driver {
             return;
         };
         let metadata = super::metadata::document(&self.host.records.read(), &instance);
-        let wanted = Told { groups: instance.security_groups.clone(), metadata };
+        let (groups, ports) = (instance.security_groups.clone(), instance.published_ports.clone());
+        let wanted = Told { groups, ports, metadata };
         // Most changes are of what the driver itself writes down.
         if machine.told.as_ref() == Some(&wanted) {
             return;
@@ -311,7 +328,8 @@ impl Driver {
         if let Err(error) = &put {
             tracing::warn!(instance = self.id, "its metadata could not be changed: {error}");
         }
-        machine.told = (attached.is_ok() && put.is_ok()).then_some(wanted);
+        machine.behind = attached.is_err() || put.is_err();
+        machine.told = (!machine.behind).then_some(wanted);
     }
 
     /// Boots a guest anew that does not answer, if that is wanted and has not been tried too often. Whether it did.

@@ -17,6 +17,9 @@ pub enum Error {
     Exists { kind: Kind, name: String },
     #[error("{} {id} is in use by {by}", kind.noun())]
     InUse { kind: Kind, id: String, by: String },
+    /// A port of the host that is to lead somewhere.
+    #[error("port {port} of the host is in use by {by}: choose another, or free it first")]
+    PortInUse { port: String, by: String },
     /// It cannot be done to something in this state.
     #[error("{} {id} is {state}; {needed}", kind.noun())]
     State { kind: Kind, id: String, state: String, needed: &'static str },

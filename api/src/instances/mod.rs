@@ -24,6 +24,7 @@ mod lifecycle;
 mod metadata;
 mod networks;
 mod patch;
+pub mod ports;
 mod run;
 mod snapshots;
 mod volumes;

@@ -14,12 +14,12 @@ use utoipa::ToSchema;
 use super::error::Error;
 use super::host::Host;
 use super::volumes::{self, MOST_ATTACHED, usable_snapshot, volume_size};
-use super::{Service, capacity, find, idempotency};
+use super::{Service, capacity, find, idempotency, ports};
 use crate::image::Root;
 use crate::model::{
     Desired, Image, ImageState, Instance, InstanceState, InstanceType, Interface, Kind, Network,
-    ShutdownBehavior, Size, Snapshot, StatusChecks, Volume, VolumeAttachment, VolumeState, check_tags, id,
-    yes,
+    PublishedPort, ShutdownBehavior, Size, Snapshot, StatusChecks, Volume, VolumeAttachment, VolumeState,
+    check_tags, id, yes,
 };
 use crate::network::addresses::{self, AddressError};
 use crate::network::is_label;
@@ -70,6 +70,9 @@ pub struct RunInstances {
     /// Ids or names of security groups of the network; its group `default` if absent.
     #[serde(default)]
     pub security_groups: Vec<String>,
+    /// Ports of the host that lead to it, for one instance.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub published_ports: Vec<PublishedPort>,
     /// GiB, at least what the image needs.
     #[serde(default)]
     pub root_size_gib: Option<u64>,
@@ -127,6 +130,7 @@ impl Service {
     /// Something in the request cannot be, or the host has no room. Nothing was made then.
     pub async fn run(&self, request: RunInstances) -> Result<Vec<Arc<Instance>>, Error> {
         let checked = Checked::new(&request)?;
+        ports::refuse_listening(&request.published_ports)?;
         let token = request.client_token.as_deref();
         let ids = self.host.records.update(|tables, changes| {
             if let Some(made) = idempotency::find(tables, "run-instances", token, &request)? {
@@ -178,6 +182,10 @@ impl Checked {
         if request.private_address.is_some() && max != 1 {
             return Err(Error::invalid("private_address", "is for one instance, not for several"));
         }
+        if !request.published_ports.is_empty() && max != 1 {
+            return Err(Error::invalid("published_ports", "are of one instance, not of several"));
+        }
+        ports::check(&request.published_ports)?;
         if let Some(data) = &request.user_data {
             check_user_data(data)?;
         }
@@ -264,6 +272,7 @@ fn plan(
     }
     let network = find::network(tables, request.network.as_deref())?;
     let groups = groups(tables, &network, &request.security_groups)?;
+    ports::refuse_taken(tables, &request.published_ports)?;
     let count = admit(host, tables, checked)?;
     let addresses = addresses(tables, &network, request.private_address, count, checked.min)?;
     let now = host.now();
@@ -290,6 +299,7 @@ fn plan(
                 tap: host.wiring.tap_name(&id),
             },
             security_groups: groups.clone(),
+            published_ports: request.published_ports.clone(),
             root_volume: root_volume.clone(),
             tags: request.tags.clone(),
             termination_protection: request.termination_protection,

@@ -15,6 +15,9 @@ use crate::volume::Volumes;
 
 use super::*;
 
+#[path = "ports_tests.rs"]
+mod ports_tests;
+
 #[path = "chaos_tests.rs"]
 mod chaos;
 #[path = "patch_tests.rs"]

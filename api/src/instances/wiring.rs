@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use crate::model::{self, Instance, InstanceState, Network, SecurityGroup};
 use crate::network::{
-    Attachment, Fabric, GroupDef, NetworkDef, NetworkError, Peer, Plan, Ports, Rule, Traffic,
+    Attachment, Fabric, GroupDef, NetworkDef, NetworkError, Peer, Plan, Ports, Published, Rule, Traffic,
+    Transport,
 };
 use crate::records::{Records, Tables};
 
@@ -27,21 +28,23 @@ impl Wiring {
     /// The host's network cannot be changed.
     pub async fn attach(&self, records: &Records, instance: &str) -> Result<(), NetworkError> {
         let Wiring::Host(fabric) = self else { return Ok(()) };
-        let (groups, network, attachment) = {
+        let (groups, network, attachment, published) = {
             let tables = records.read();
             let Some(instance) = tables.instances.get(instance) else { return Ok(()) };
             let network = tables.networks.get(&instance.interface.network_id).map(|network| define(network));
-            (groups(&tables), network, attachment(instance))
+            (groups(&tables), network, attachment(instance), published(instance))
         };
         // What the attachment refers to may be so new that the host has not heard of it.
         if let Some(network) = network {
             fabric.set_network(network).await?;
         }
         fabric.set_groups(groups).await?;
-        fabric.attach(attachment).await
+        let address = attachment.address;
+        fabric.attach(attachment).await?;
+        fabric.publish(address, published).await
     }
 
-    /// Removes a tap and all that leads to it. Doing it again changes nothing.
+    /// Removes a tap and all that leads to it, published ports included. Doing it again changes nothing.
     ///
     /// # Errors
     ///
@@ -97,11 +100,12 @@ pub fn plan(tables: &Tables) -> Plan {
     let connected = |instance: &&Arc<Instance>| {
         matches!(instance.state, InstanceState::Pending | InstanceState::Running | InstanceState::Stopping)
     };
+    let connected = || tables.instances.iter().filter(connected);
     Plan {
         networks: tables.networks.iter().map(|network| define(network)).collect(),
         groups: groups(tables),
-        attachments: tables.instances.iter().filter(connected).map(|instance| attachment(instance)).collect(),
-        published: Vec::new(),
+        attachments: connected().map(|instance| attachment(instance)).collect(),
+        published: connected().flat_map(|instance| published(instance)).collect(),
     }
 }
 
@@ -140,6 +144,20 @@ fn rule(rule: &model::Rule) -> Rule {
         model::Peer::GroupId(id) => Peer::Group(id.clone()),
     };
     Rule { traffic, peers: vec![peer] }
+}
+
+fn published(instance: &Instance) -> Vec<Published> {
+    let lead = |port: &model::PublishedPort| Published {
+        protocol: match port.protocol {
+            model::Transport::Tcp => Transport::Tcp,
+            model::Transport::Udp => Transport::Udp,
+        },
+        host_address: port.host_address,
+        host_port: port.host_port,
+        address: instance.interface.private_address,
+        port: port.port,
+    };
+    instance.published_ports.iter().map(lead).collect()
 }
 
 fn attachment(instance: &Instance) -> Attachment {

@@ -12,6 +12,8 @@ pub const KEY_PAIR: &str = "key";
 pub const PATCH: &str = "patch";
 pub const VOLUME: &str = "vol";
 pub const SNAPSHOT: &str = "snap";
+pub const GROUP: &str = "grp";
+pub const LOAD_BALANCER: &str = "lb";
 pub const API_TOKEN: &str = "tok";
 
 /// A new one, unlike any other: `i-0123456789abcdef0`.

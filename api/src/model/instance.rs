@@ -8,7 +8,7 @@ use pulau_vmm::config::MacAddr;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::Size;
+use super::{PublishedPort, Size};
 
 /// An instance.
 ///
@@ -43,6 +43,9 @@ pub struct Instance {
     pub key_name: Option<String>,
     pub interface: Interface,
     pub security_groups: Vec<String>,
+    /// Ports of the host that lead to it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub published_ports: Vec<PublishedPort>,
     /// Its root disk: what it writes, where the image is shared.
     pub root_volume: String,
     #[serde(default)]

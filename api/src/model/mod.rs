@@ -7,20 +7,27 @@
 
 mod api_token;
 mod cordon;
+mod group;
 pub mod id;
 mod image;
 mod instance;
 mod instance_type;
 mod key_pair;
+mod load_balancer;
 mod name;
 mod network;
 mod patch;
+mod published_port;
 mod security_group;
 mod snapshot;
 mod volume;
 
 pub use api_token::ApiToken;
 pub use cordon::Cordon;
+pub use group::{
+    Activity, Deletion, Group, GroupState, HealthCheckType, Member, MemberState, Roll, RollStatus, Schedule,
+    TargetTracking,
+};
 pub use image::{Image, ImageSource, ImageState};
 pub use instance::{
     BootReport, Check, Desired, Instance, InstanceState, Interface, ShutdownBehavior, StateReason,
@@ -28,9 +35,13 @@ pub use instance::{
 };
 pub use instance_type::{INSTANCE_TYPES, InstanceType, Size};
 pub use key_pair::KeyPair;
+pub use load_balancer::{
+    Algorithm, BalancerProtocol, HealthCheck, LoadBalancer, LoadBalancerState, Target, TargetState,
+};
 pub use name::{NameError, check_name, check_tags};
 pub use network::Network;
 pub use patch::{InstancePatch, PackageChange, Patch, PatchState};
+pub use published_port::{PublishedPort, Transport};
 pub use security_group::{Peer, Protocol, Rule, SecurityGroup};
 pub use snapshot::{Snapshot, SnapshotState};
 pub use volume::{Volume, VolumeAttachment, VolumeState};
@@ -39,12 +50,15 @@ pub use volume::{Volume, VolumeAttachment, VolumeState};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
+    Group,
     Image,
     Instance,
     InstanceType,
     KeyPair,
+    LoadBalancer,
     Network,
     Patch,
+    PublishedPort,
     SecurityGroup,
     Snapshot,
     Token,
@@ -55,12 +69,15 @@ impl Kind {
     /// In the middle of a sentence.
     pub fn noun(self) -> &'static str {
         match self {
+            Kind::Group => "group",
             Kind::Image => "image",
             Kind::Instance => "instance",
             Kind::InstanceType => "instance type",
             Kind::KeyPair => "key pair",
+            Kind::LoadBalancer => "load balancer",
             Kind::Network => "network",
             Kind::Patch => "patch",
+            Kind::PublishedPort => "published port",
             Kind::SecurityGroup => "security group",
             Kind::Snapshot => "snapshot",
             Kind::Token => "token",
@@ -71,12 +88,15 @@ impl Kind {
     /// The command that lists them.
     pub fn list_command(self) -> &'static str {
         match self {
+            Kind::Group => "pulau group list",
             Kind::Image => "pulau image list",
             Kind::Instance => "pulau instance list",
             Kind::InstanceType => "pulau instance types",
             Kind::KeyPair => "pulau key-pair list",
+            Kind::LoadBalancer => "pulau load-balancer list",
             Kind::Network => "pulau network list",
             Kind::Patch => "pulau instance patches",
+            Kind::PublishedPort => "pulau instance show",
             Kind::SecurityGroup => "pulau security-group list",
             Kind::Snapshot => "pulau snapshot list",
             Kind::Token => "pulau token list",

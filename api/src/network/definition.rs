@@ -222,7 +222,7 @@ impl Checked {
             checked.attach(attachment.clone(), prefix)?;
         }
         for published in &plan.published {
-            checked.publish(*published)?;
+            checked.add_published(*published)?;
         }
         Ok(checked)
     }
@@ -326,14 +326,34 @@ impl Checked {
         Ok(self.attachments.insert(attachment.tap.clone(), attachment))
     }
 
-    /// Adds a published port. Says whether it is new.
+    /// Has these ports and no others lead to `address`. Says which are gone, and which are new.
+    ///
+    /// # Errors
+    ///
+    /// A port leads elsewhere already, or the address is no guest's. Nothing has changed then.
+    pub fn publish(
+        &mut self,
+        address: Ipv4Addr,
+        ports: &[Published],
+    ) -> Result<(Vec<Published>, Vec<Published>)> {
+        let before = self.published.clone();
+        self.published.retain(|published| published.address != address);
+        if let Err(error) = ports.iter().try_for_each(|port| self.add_published(*port)) {
+            self.published = before;
+            return Err(error);
+        }
+        let gone = before.difference(&self.published).copied().collect();
+        Ok((gone, self.published.difference(&before).copied().collect()))
+    }
+
+    /// Adds a published port.
     ///
     /// # Errors
     ///
     /// The port leads elsewhere already, or the address is no guest's.
-    pub fn publish(&mut self, published: Published) -> Result<bool> {
+    fn add_published(&mut self, published: Published) -> Result<()> {
         if self.published.contains(&published) {
-            return Ok(false);
+            return Ok(());
         }
         let Published { protocol, host_address, host_port, address, .. } = published;
         if !self.networks.values().any(|network| addresses::check(network.subnet, address).is_ok()) {
@@ -343,7 +363,8 @@ impl Checked {
         if self.published.iter().any(|p| (p.protocol, p.host_address, p.host_port) == key) {
             return Err(DefinitionError::Published { protocol, port: host_port });
         }
-        Ok(self.published.insert(published))
+        self.published.insert(published);
+        Ok(())
     }
 }
 

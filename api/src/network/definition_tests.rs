@@ -136,7 +136,14 @@ fn what_is_in_use_stays() {
     // The same tap again is a change of it.
     let old = checked.attach(attachment("pl-1", "10.0.0.9"), "pl").unwrap();
     assert_eq!(old, Some(attachment("pl-1", "10.0.0.4")));
-    assert_eq!(checked.publish(published(8080, "10.0.0.4")), Ok(false));
+    let ports = [published(8080, "10.0.0.4")];
+    let address = ports[0].address;
+    assert_eq!(checked.publish(address, &ports), Ok((vec![], vec![])));
+    let others = [published(8081, "10.0.0.4"), published(8082, "10.0.0.4")];
+    assert_eq!(checked.publish(address, &others), Ok((ports.to_vec(), others.to_vec())));
+    let taken = checked.publish("10.0.0.5".parse().unwrap(), &[published(8081, "10.0.0.5")]);
+    assert!(taken.unwrap_err().to_string().contains("8081 of the host leads"));
+    assert_eq!(checked.publish(address, &[]), Ok((others.to_vec(), vec![])));
 }
 
 #[test]

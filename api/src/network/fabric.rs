@@ -1,6 +1,7 @@
 //! The handle through which everybody changes the network: requests one after the other, none cut short.
 
 use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -114,22 +115,14 @@ impl Fabric {
         result
     }
 
-    /// Has a port of the host lead to a guest's, past the guest's groups.
+    /// Has these ports of the host, and no others, lead to a guest of this address, past the guest's groups.
+    /// Connections by ports that lead there no longer go on.
     ///
     /// # Errors
     ///
-    /// The port leads elsewhere already.
-    pub async fn publish(&self, published: Published) -> Result<(), NetworkError> {
-        self.with(move |host| host.publish(published)).await
-    }
-
-    /// Ends that. Connections that exist go on.
-    ///
-    /// # Errors
-    ///
-    /// Those of the host.
-    pub async fn unpublish(&self, published: Published) -> Result<(), NetworkError> {
-        self.with(move |host| host.unpublish(published)).await
+    /// A port leads elsewhere already, or to another address.
+    pub async fn publish(&self, address: Ipv4Addr, ports: Vec<Published>) -> Result<(), NetworkError> {
+        self.with(move |host| host.publish(address, &ports)).await
     }
 
     /// What has gone through each tap since it was made, by the tap's name.

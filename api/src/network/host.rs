@@ -287,7 +287,7 @@ impl Host {
 
     pub fn detach(&mut self, tap: &str) -> Result<()> {
         let known = self.plan.attachments.remove(tap);
-        let out = known.as_ref().map(|known| self.elements_of(known)).unwrap_or_default();
+        let mut out = known.as_ref().map(|known| self.elements_of(known)).unwrap_or_default();
         if let Some(known) = &known {
             self.directory.detach(known);
         }
@@ -298,6 +298,10 @@ impl Host {
             false => Ok(()),
         };
         fault::point("network.unlinked");
+        if let Some(known) = &known {
+            let (gone, _) = self.plan.publish(known.address, &[])?;
+            out.extend(gone.iter().map(nft::of_published));
+        }
         let rules = self.change_rules(&out, &BTreeSet::new());
         if let Some(known) = known {
             self.connections.later(known.address);
@@ -305,22 +309,18 @@ impl Host {
         link.and(rules)
     }
 
-    pub fn publish(&mut self, published: Published) -> Result<()> {
-        if !self.plan.publish(published)? && !self.stale_rules {
+    pub fn publish(&mut self, address: Ipv4Addr, ports: &[Published]) -> Result<()> {
+        let before = self.plan.published.clone();
+        let (gone, new) = self.plan.publish(address, ports)?;
+        if gone.is_empty() && new.is_empty() && !self.stale_rules {
             return Ok(());
         }
-        let result = self.change_rules(&BTreeSet::new(), &BTreeSet::from([nft::of_published(&published)]));
+        let elements = |ports: Vec<Published>| ports.iter().map(nft::of_published).collect();
+        let result = self.change_rules(&elements(gone), &elements(new));
         if result.is_err() {
-            self.plan.published.remove(&published);
+            self.plan.published = before;
         }
         result
-    }
-
-    pub fn unpublish(&mut self, published: Published) -> Result<()> {
-        if !self.plan.published.remove(&published) && !self.stale_rules {
-            return Ok(());
-        }
-        self.change_rules(&BTreeSet::from([nft::of_published(&published)]), &BTreeSet::new())
     }
 
     pub fn counters(&mut self) -> Result<BTreeMap<String, Counters>> {

@@ -8,7 +8,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::model::{
-    ApiToken, Cordon, Image, Instance, KeyPair, Network, Patch, SecurityGroup, Snapshot, Volume,
+    ApiToken, Cordon, Group, Image, Instance, KeyPair, LoadBalancer, Network, Patch, SecurityGroup, Snapshot,
+    Volume,
 };
 use crate::store::{Change, Revision};
 
@@ -165,9 +166,11 @@ macro_rules! records {
 records! {
     api_tokens: ApiToken, "api-tokens/", id;
     cordons: Cordon, "cordons/", id;
+    groups: Group, "groups/", id;
     images: Image, "images/", id;
     instances: Instance, "instances/", id;
     key_pairs: KeyPair, "key-pairs/", id;
+    load_balancers: LoadBalancer, "load-balancers/", id;
     networks: Network, "networks/", id;
     patches: Patch, "patches/", id;
     security_groups: SecurityGroup, "security-groups/", id;

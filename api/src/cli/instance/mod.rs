@@ -3,6 +3,7 @@
 mod console;
 mod copy;
 mod patch;
+mod publish;
 mod run;
 mod session;
 mod show;
@@ -16,6 +17,7 @@ use serde_json::{Value, json};
 use super::connection::Connection;
 use super::{print, print_json, resource};
 use crate::client::{Client, escape};
+use crate::model::PublishedPort;
 use show::summary;
 
 /// Machines of your own: run, look at, stop, start and terminate them.
@@ -87,6 +89,10 @@ enum Command {
     Terminate(Several),
     /// Change an instance.
     Modify(run::ModifyArgs),
+    /// Have ports of the host lead to an instance, whatever its security groups say.
+    Publish(publish::PublishArgs),
+    /// Take back that ports are published. Connections that exist go on.
+    Unpublish(publish::UnpublishArgs),
     /// Wait until an instance is in a state.
     #[command(after_help = "Examples:
   pulau instance wait i-0123456789abcdef0 running --agent
@@ -173,6 +179,8 @@ async fn act(args: &Args, client: Client) -> anyhow::Result<ExitCode> {
             let instance: Value = client.patch(&path(&modify.id), &modify.body()?).await?;
             show_all(&[instance], json)?;
         }
+        Command::Publish(args) => ports(&client, &args.id, "publish", &args.ports, json).await?,
+        Command::Unpublish(args) => ports(&client, &args.id, "unpublish", &args.ports, json).await?,
         Command::Wait { id, state, agent, timeout } => {
             let query = format!("state={}&agent={agent}&timeout_seconds={timeout}", escape(state));
             let instance: Value = client.get(&format!("{}/wait?{query}", path(id))).await?;
@@ -193,6 +201,20 @@ async fn act(args: &Args, client: Client) -> anyhow::Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+async fn ports(
+    client: &Client,
+    id: &str,
+    action: &str,
+    ports: &[PublishedPort],
+    json: bool,
+) -> anyhow::Result<()> {
+    let mut instance = Value::Null;
+    for port in ports {
+        instance = client.post(&format!("{}/{action}", path(id)), port).await?;
+    }
+    show_all(&[instance], json)
 }
 
 fn show_all(instances: &[Value], json: bool) -> anyhow::Result<()> {

@@ -9,10 +9,11 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde_json::{Value, json};
 
+use super::publish::published_port;
 use super::{path, show_all};
 use crate::cli::microvm::MemoryArg;
 use crate::client::Client;
-use crate::model::id;
+use crate::model::{PublishedPort, id};
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
@@ -20,6 +21,7 @@ use crate::model::id;
   pulau instance run --image debian --type large --key-name me --tag Name=web --wait
   pulau instance run --image debian --type custom --cpus 3 --memory 1536M --user-data setup.sh
   pulau instance run --image minimal --volume size=10 --volume id=vol-0123456789abcdef0
+  pulau instance run --image minimal --publish 8080:80 --publish 192.0.2.1:53:53/udp
   pulau instance run --image minimal --count 10 --json")]
 pub struct Args {
     /// Id or name of an image.
@@ -51,6 +53,9 @@ pub struct Args {
     /// Id or name of a security group; may be repeated.
     #[arg(long = "security-group", value_name = "GROUP")]
     security_groups: Vec<String>,
+    /// Have a port of the host lead to it: [ADDRESS:]HOSTPORT:PORT[/udp]; may be repeated.
+    #[arg(long, value_name = "PORT", value_parser = published_port)]
+    publish: Vec<PublishedPort>,
     /// Size of the root disk in GiB; only what is written takes space.
     #[arg(long, value_name = "GIB")]
     root_size: Option<u64>,
@@ -148,6 +153,7 @@ pub async fn run(args: &Args, client: &Client, json: bool) -> anyhow::Result<Exi
         "network": args.network,
         "private_address": args.private_address,
         "security_groups": args.security_groups,
+        "published_ports": args.publish,
         "root_size_gib": args.root_size,
         "volumes": args.volumes.iter().map(|volume| volume.0.clone()).collect::<Vec<_>>(),
         "tags": tags,
