@@ -16,6 +16,8 @@ use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
+use crate::balancer::Balancers;
+use crate::groups::{Groups, Pace};
 use crate::http::{self, Api, Door};
 use crate::image::{self, Images};
 use crate::instances::{Host, Limits, Service, TAP_PREFIX, Wiring, network_plan};
@@ -67,7 +69,9 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
         );
     }
     let service = start(&config).await?;
-    let api = Api::new(service.clone());
+    let groups = Groups::start(service.clone(), Pace::default());
+    let balancers = Balancers::start(service.clone());
+    let api = Api::new(service.clone(), groups.clone(), balancers.clone());
     let router = http::router(api.clone());
 
     let (end, ended) = watch::channel(false);
@@ -111,6 +115,8 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
         }
     };
     let _ = tokio::time::timeout(LAST_REQUESTS, finish).await;
+    groups.let_go();
+    balancers.let_go();
     service.let_go().await;
     let _ = std::fs::remove_file(&config.socket);
     Ok(())

@@ -52,7 +52,9 @@ pub async fn watch(records: Records, id: String) {
         // A new target is not kept waiting for a whole interval.
         let fresh = |balancer: &LoadBalancer| {
             let mut targets = balancer.targets.iter();
-            targets.any(|target| target.state == TargetState::Initial && !rows.contains_key(&key(balancer, target)))
+            targets.any(|target| {
+                target.state == TargetState::Initial && !rows.contains_key(&key(balancer, target))
+            })
         };
         let rest = interval.saturating_sub(begun.elapsed()).max(Duration::from_millis(10));
         let mut changes = records.subscribe();
@@ -106,14 +108,10 @@ async fn check(at: SocketAddr, how: &HealthCheck) -> Result<(), String> {
         .header(header::CONNECTION, "close")
         .body(Empty::<Bytes>::new())
         .map_err(|error| format!("GET {path}: {error}"))?;
-    // The connection is driven as long as this is waited for, and dropped with it.
-    let response = tokio::select! {
-        response = sender.send_request(request) => response.map_err(failed)?,
-        ended = connection => {
-            ended.map_err(failed)?;
-            return Err(format!("GET {path} of {at}: the connection was closed"));
-        }
-    };
+    // Driven as long as this is waited for.
+    let mut driving = JoinSet::new();
+    driving.spawn(connection);
+    let response = sender.send_request(request).await.map_err(failed)?;
     let status = response.status().as_u16();
     if (200..400).contains(&status) { Ok(()) } else { Err(format!("GET {path} of {at}: status {status}")) }
 }

@@ -117,6 +117,11 @@ async fn hand_on(
         (*request.method_mut(), *request.uri_mut()) = (parts.method.clone(), uri);
         *request.version_mut() = Version::HTTP_11;
         *request.headers_mut() = parts.headers.clone();
+        // Of a client that speaks HTTP/1.0.
+        let own = HeaderValue::from_str(&lease.address().to_string());
+        if let (false, Ok(own)) = (request.headers().contains_key(header::HOST), own) {
+            request.headers_mut().insert(header::HOST, own);
+        }
         let answered = tokio::select! {
             answered = tokio::time::timeout(ANSWER_WITHIN, pool.request(request)) => answered,
             () = lease.cut() => return plain(StatusCode::BAD_GATEWAY, "the target was taken away\n"),
@@ -271,6 +276,9 @@ mod tests {
         assert_eq!((get("connection"), get("x-secret"), get("upgrade")), (None, None, None));
         assert_eq!(get("x-forwarded-for"), Some("192.0.2.1, 203.0.113.5"));
         assert_eq!((get("x-forwarded-host"), get("accept")), (Some("example.org"), Some("*/*")));
-        assert_eq!(uri("10.0.0.4:80".parse().unwrap(), &Uri::from_static("/a?b")).unwrap(), "http://10.0.0.4:80/a?b");
+        assert_eq!(
+            uri("10.0.0.4:80".parse().unwrap(), &Uri::from_static("/a?b")).unwrap(),
+            "http://10.0.0.4:80/a?b"
+        );
     }
 }

@@ -106,7 +106,8 @@ impl Balancers {
     async fn run(self) {
         let mut changes = self.records().subscribe();
         loop {
-            let ids: Vec<String> = self.records().read().load_balancers.iter().map(|b| b.id.clone()).collect();
+            let ids: Vec<String> =
+                self.records().read().load_balancers.iter().map(|b| b.id.clone()).collect();
             self.end_others(&ids);
             let mut drains = false;
             for id in &ids {

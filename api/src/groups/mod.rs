@@ -170,7 +170,9 @@ impl Groups {
         let instance = ran.ok().and_then(|instances| instances.first().map(|instance| instance.id.clone()));
         let (slot, now) = (member.slot, self.pace.now());
         let written = self.records().modify(&group.id, |group: &mut Group| {
-            let Some(index) = group.members.iter().position(|member| member.slot == slot) else { return Ok(()) };
+            let Some(index) = group.members.iter().position(|member| member.slot == slot) else {
+                return Ok(());
+            };
             match (&instance, &refused) {
                 (Some(id), _) => {
                     let member = &mut group.members[index];
@@ -218,7 +220,10 @@ impl Groups {
                 let before = group.desired_capacity;
                 group.desired_capacity = wanted;
                 group.last_scaled = Some(now);
-                group.note(now, format!("CPU usage is {percent:.0} %: the desired capacity is {wanted}, was {before}"));
+                group.note(
+                    now,
+                    format!("CPU usage is {percent:.0} %: the desired capacity is {wanted}, was {before}"),
+                );
             }
             Ok::<_, Error>(())
         });
@@ -264,8 +269,9 @@ fn matters(change: &RecordChange) -> bool {
 fn request_for(group: &Group, member: &Member) -> Result<RunInstances, Error> {
     let template = group.templates.get(&member.template_version);
     let template = template.ok_or_else(|| Error::Internal(format!("{}: a template is missing", group.id)))?;
-    let mut request: RunInstances = serde_json::from_value(template.clone())
-        .map_err(|error| Error::invalid("template", format_args!("cannot be understood any more: {error}")))?;
+    let mut request: RunInstances = serde_json::from_value(template.clone()).map_err(|error| {
+        Error::invalid("template", format_args!("cannot be understood any more: {error}"))
+    })?;
     request.tags.insert("pulau:group".to_owned(), group.name.clone());
     request.client_token = Some(format!("{}-{}", group.id, member.slot));
     Ok(request)

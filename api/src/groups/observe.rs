@@ -26,7 +26,8 @@ pub fn observe(tables: &Tables, group: &Group) -> BTreeMap<u64, Seen> {
                 other => other,
             },
         };
-        let leads = |balancer: &&LoadBalancer| balancer.targets.iter().any(|target| target.instance_id == *id);
+        let leads =
+            |balancer: &&LoadBalancer| balancer.targets.iter().any(|target| target.instance_id == *id);
         let drained = member.state != MemberState::InService && !balancers.iter().any(leads);
         Seen { health, drained }
     };

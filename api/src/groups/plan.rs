@@ -79,9 +79,10 @@ pub fn launch_failed(group: &mut Group, version: u32, why: &str, now: DateTime<U
     group.retry_at = TimeDelta::from_std(pause).ok().and_then(|pause| now.checked_add_signed(pause));
     group.state_reason = Some(state_reason::new("Server.LaunchFailed", why));
     group.note(now, format!("a launch of template {version} failed: {why}"));
-    let to_blame = group.roll.as_ref().is_some_and(|roll| {
-        roll.status == RollStatus::InProgress && roll.to_version == version
-    });
+    let to_blame = group
+        .roll
+        .as_ref()
+        .is_some_and(|roll| roll.status == RollStatus::InProgress && roll.to_version == version);
     if to_blame {
         roll_back(group, why, now);
     }
@@ -162,7 +163,9 @@ impl Planning<'_> {
                     self.drain(slot, &why);
                     why
                 }
-                (MemberState::Pending, Health::Starting | Health::Unhealthy(_)) if self.age(&member) > grace => {
+                (MemberState::Pending, Health::Starting | Health::Unhealthy(_))
+                    if self.age(&member) > grace =>
+                {
                     let seconds = self.group.health_check_grace_seconds;
                     let why = match self.health(slot) {
                         Health::Unhealthy(why) => format!("it was not healthy within {seconds} s: {why}"),
@@ -219,14 +222,14 @@ impl Planning<'_> {
         let target = self.group.target();
         let Some(roll) = self.group.rolling().cloned() else {
             let active = count(self.active());
-            self.take_away(active.saturating_sub(target), "there were more than wanted");
+            self.take_away(active.saturating_sub(target), target, "there were more than wanted");
             self.launch(target.saturating_sub(active));
             return;
         };
         let most = target.saturating_add(roll.surge(target));
         let (active, new) =
             (count(self.active()), count(self.active().filter(|m| m.template_version == roll.to_version)));
-        self.take_away(active.saturating_sub(most), "there were more than wanted");
+        self.take_away(active.saturating_sub(most), roll.min_healthy(target), "there were more than wanted");
         // Those of the other template go as new ones stand in for them.
         let healthy = count(self.active().filter(|member| self.is_healthy(member)));
         let mut spare = healthy.saturating_sub(roll.min_healthy(target));
@@ -273,15 +276,24 @@ impl Planning<'_> {
         }
     }
 
-    /// Those of the oldest template go first, of these the ones not in service, and then the oldest.
-    fn take_away(&mut self, number: u32, why: &str) {
+    /// Those that are not healthy go first, then those of the oldest template, and of these the oldest. What is
+    /// launching cannot be taken back yet; no healthy one that is needed goes in its place.
+    fn take_away(&mut self, number: u32, keep: u32, why: &str) {
         let wanted = self.group.template_version;
         let mut active: Vec<Member> =
             self.active().filter(|member| member.state != MemberState::Launching).cloned().collect();
         active.sort_by_key(|member| {
-            (member.template_version == wanted, member.template_version, self.is_healthy(member), member.slot)
+            let current = member.template_version == wanted;
+            (self.is_healthy(member), current, member.template_version, member.slot)
         });
+        let mut spare = count(active.iter().filter(|member| self.is_healthy(member))).saturating_sub(keep);
         for member in active.into_iter().take(number as usize) {
+            if self.is_healthy(&member) {
+                if spare == 0 {
+                    return;
+                }
+                spare -= 1;
+            }
             self.drain(member.slot, why);
         }
     }
@@ -346,9 +358,9 @@ impl Planning<'_> {
         let needed: BTreeSet<u32> = self.group.members.iter().map(|member| member.template_version).collect();
         let roll = self.group.rolling().map(|roll| [roll.from_version, roll.to_version]).unwrap_or_default();
         let current = self.group.template_version;
-        self.group.templates.retain(|version, _| {
-            *version == current || needed.contains(version) || roll.contains(version)
-        });
+        self.group
+            .templates
+            .retain(|version, _| *version == current || needed.contains(version) || roll.contains(version));
         let target = self.group.target() as usize;
         let all_there = self.group.members.len() == target
             && self.group.members.iter().all(|member| member.state == MemberState::InService);
@@ -367,7 +379,8 @@ impl Planning<'_> {
         if state == GroupState::RollingBack
             && let Some(why) = self.group.roll.as_ref().and_then(|roll| roll.reason.clone())
         {
-            self.group.state_reason = Some(StateReason { code: "Server.RollFailed".to_owned(), message: why });
+            self.group.state_reason =
+                Some(StateReason { code: "Server.RollFailed".to_owned(), message: why });
         }
         if self.group.state != state {
             self.group.state = state;

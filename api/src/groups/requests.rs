@@ -270,7 +270,11 @@ impl Groups {
         let now = self.pace.now();
         self.change(id, |group| {
             if group.rolling().is_none_or(|roll| roll.status != RollStatus::InProgress) {
-                return Err(state(group, group.state.name(), "only a roll that is under way can be taken back"));
+                return Err(state(
+                    group,
+                    group.state.name(),
+                    "only a roll that is under way can be taken back",
+                ));
             }
             plan::roll_back(group, "by request", now);
             Ok(())
@@ -362,7 +366,9 @@ impl Groups {
     /// Checks a template: the request it is would be fulfilled, if there is room.
     async fn template(&self, mut request: RunInstances) -> Result<Value, Error> {
         let counts = request.min_count.is_some() || request.max_count.is_some();
+        let old_volume = request.volumes.iter().any(|volume| volume.volume_id.is_some());
         for (given, field) in [
+            (old_volume, "a volume that exists"),
             (counts, "min_count and max_count"),
             (request.client_token.is_some(), "client_token"),
             (request.dry_run, "dry_run"),
@@ -430,7 +436,10 @@ fn check(group: &Group) -> Result<(), Error> {
             return Err(Error::invalid("scaling", "cpu_percent must be 1 to 100"));
         }
         if scaling.cooldown_seconds > LONGEST {
-            return Err(Error::invalid("scaling", format_args!("cooldown_seconds must be at most {LONGEST}")));
+            return Err(Error::invalid(
+                "scaling",
+                format_args!("cooldown_seconds must be at most {LONGEST}"),
+            ));
         }
     }
     if group.schedules.len() > MAX_SCHEDULES {
@@ -439,7 +448,8 @@ fn check(group: &Group) -> Result<(), Error> {
     let mut names = BTreeSet::new();
     for schedule in &group.schedules {
         check_name(&schedule.name)?;
-        let invalid = |problem: String| Err(Error::invalid("schedules", format_args!("{}: {problem}", schedule.name)));
+        let invalid =
+            |problem: String| Err(Error::invalid("schedules", format_args!("{}: {problem}", schedule.name)));
         if !names.insert(&schedule.name) {
             return invalid("is there twice".to_owned());
         }

@@ -11,7 +11,9 @@ use crate::model::{Group, Schedule};
 pub fn problem(cron: &str) -> Option<String> {
     // Seconds would be understood, too; nothing of a group is so fast.
     if cron.split_whitespace().count() != 5 {
-        return Some("must have five fields: minute, hour, day of the month, month, day of the week".to_owned());
+        return Some(
+            "must have five fields: minute, hour, day of the month, month, day of the week".to_owned(),
+        );
     }
     match Cron::from_str(cron) {
         Err(error) => Some(error.to_string()),

@@ -1,5 +1,5 @@
-//! What happens, as server-sent events: every change of the state of an instance, image, volume or snapshot, and
-//! the progress of those that are being made.
+//! What happens, as server-sent events: every change of the state of an instance, image, volume, snapshot, patch, group or
+//! load balancer, and the progress of those that are being made.
 //!
 //! The last events are kept, so that a client that comes back with `Last-Event-ID` misses none. One that comes
 //! back too late, or takes events more slowly than they happen, gets an event `lost`: it has to look at
@@ -21,7 +21,9 @@ use utoipa::ToSchema;
 use super::Api;
 use super::error::{ErrorBody, Refusal};
 use crate::files::Progress;
-use crate::model::{Image, Instance, Kind, Patch, Snapshot, StateReason, StatusChecks, Volume};
+use crate::model::{
+    Group, Image, Instance, Kind, LoadBalancer, Patch, Snapshot, StateReason, StatusChecks, Volume,
+};
 use crate::records::{AnyRecord, RecordChange};
 use crate::store::Revision;
 
@@ -33,7 +35,7 @@ const KEPT: usize = 4096;
 pub struct Event {
     /// Of the store; grows with every change.
     pub revision: Revision,
-    /// `instance`, `image`, `volume`, `snapshot` or `patch`.
+    /// `instance`, `image`, `volume`, `snapshot`, `patch`, `group` or `load_balancer`.
     #[schema(value_type = String)]
     pub kind: Kind,
     /// Of what has changed.
@@ -80,6 +82,12 @@ impl Event {
             }
             AnyRecord::Patch { old, new } => {
                 (Kind::Patch, old.as_deref().map(patch), new.as_deref().map(patch))
+            }
+            AnyRecord::Group { old, new } => {
+                (Kind::Group, old.as_deref().map(group), new.as_deref().map(group))
+            }
+            AnyRecord::LoadBalancer { old, new } => {
+                (Kind::LoadBalancer, old.as_deref().map(load_balancer), new.as_deref().map(load_balancer))
             }
             _ => return None,
         };
@@ -145,6 +153,14 @@ fn volume(of: &Volume) -> Look {
 
 fn snapshot(of: &Snapshot) -> Look {
     Look { state: of.state.name(), reason: of.state_reason.clone(), progress: of.progress, status: None }
+}
+
+fn group(of: &Group) -> Look {
+    Look { state: of.state.name(), reason: of.state_reason.clone(), progress: None, status: None }
+}
+
+fn load_balancer(of: &LoadBalancer) -> Look {
+    Look { state: of.state.name(), reason: of.state_reason.clone(), progress: None, status: None }
 }
 
 /// Tells a client that it has missed something.
@@ -235,7 +251,7 @@ impl Events {
 }
 
 /// Follow what happens: a stream of server-sent events, one for every change of the state of an instance, image,
-/// volume or snapshot.
+/// volume, snapshot, group or load balancer.
 ///
 /// `event: state` has an `Event` as data; so has `event: progress`, whose state is the same as before. A client that sends the id of the last event it has seen as
 /// `Last-Event-ID` gets those it has missed first; `event: lost` says that they are no longer kept.

@@ -72,6 +72,11 @@ parameters! {
         /// `NAME=VALUE,NAME=VALUE`: all must fit. Names are `id`, `state`, `instance`, `snapshot` and `tag:KEY`; `|`
         /// stands between several values, `*` for anything within one.
         ;
+    /// Which of things with names, and how many at a time.
+    ListNamed:
+        /// `NAME=VALUE,NAME=VALUE`: all must fit. Names are `id`, `name`, `state` and `tag:KEY`; `|` stands between
+        /// several values, `*` for anything within one.
+        ;
     /// Which snapshots, and how many at a time.
     ListSnapshots:
         /// `NAME=VALUE,NAME=VALUE`: all must fit. Names are `id`, `state`, `volume` and `tag:KEY`; `|` stands between

@@ -26,7 +26,7 @@ use super::Api;
 use super::error::Refusal;
 use crate::instances::{Error, Service};
 use crate::microvm::Usage;
-use crate::model::{BootReport, InstanceState};
+use crate::model::{BootReport, InstanceState, MemberState};
 
 /// VMMs that are asked at once.
 const AT_ONCE: usize = 16;
@@ -163,8 +163,57 @@ fn text(api: &Api, usages: &BTreeMap<String, Usage>) -> Result<String, fmt::Erro
     let mut text = String::new();
     encode_registry(&mut text, &api.metrics.registry)?;
     encode_registry(&mut text, &now(&api.instances, usages))?;
+    encode_registry(&mut text, &fleet(api))?;
     encode_eof(&mut text)?;
     Ok(text)
+}
+
+/// Groups and load balancers, at this moment.
+fn fleet(api: &Api) -> Registry {
+    let mut registry = Registry::with_prefix("pulau");
+    let (desired, members) = (Family::<Labels, Gauge>::default(), Family::<Labels, Gauge>::default());
+    for group in api.groups.list() {
+        let name = ("group", group.name.clone());
+        desired.get_or_create(&vec![name.clone()]).set(group.target().into());
+        let counts = [
+            ("in-service", MemberState::InService),
+            ("pending", MemberState::Pending),
+            ("draining", MemberState::Draining),
+        ];
+        for (label, state) in counts {
+            let count = group.members.iter().filter(|member| member.state == state).count();
+            let of = vec![name.clone(), ("state", label.to_owned())];
+            members.get_or_create(&of).set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
+    }
+    registry.register("group_desired_capacity", "Members a group is to have", desired);
+    registry.register("group_members", "Members a group has, by state", members);
+    let activities = api.balancers.activities();
+    let (open, targets) = (Family::<Labels, Gauge>::default(), Family::<Labels, Gauge>::default());
+    for activity in &activities {
+        let name = ("load_balancer", activity.name.clone());
+        let gauge = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
+        open.get_or_create(&vec![name.clone()]).set(gauge(activity.open));
+        for (state, count) in &activity.targets {
+            let of = vec![name.clone(), ("state", state.name().to_owned())];
+            targets.get_or_create(&of).set(gauge(*count));
+        }
+    }
+    registry.register("load_balancer_open_connections", "Clients' connections that are open", open);
+    registry.register("load_balancer_targets", "Targets by state", targets);
+    let mut counter = |name: &str, help: &str, value: fn(&crate::balancer::Activity) -> u64| {
+        let family = Family::<Labels, Counter>::default();
+        for activity in &activities {
+            let of = vec![("load_balancer", activity.name.clone())];
+            family.get_or_create(&of).inc_by(value(activity));
+        }
+        registry.register(name, help, family);
+    };
+    counter("load_balancer_connections", "Connections of clients", |a| a.connections);
+    counter("load_balancer_requests", "Requests of clients, by HTTP", |a| a.requests);
+    counter("load_balancer_refused", "Requests and connections that no target took", |a| a.refused);
+    counter("load_balancer_retries", "Tries at another target", |a| a.retries);
+    registry
 }
 
 /// What is, at this moment.

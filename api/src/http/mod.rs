@@ -11,10 +11,12 @@ mod error;
 mod events;
 mod extract;
 mod follow;
+mod groups;
 mod host;
 mod images;
 mod instances;
 mod list;
+mod load_balancers;
 mod metrics;
 mod middleware;
 mod patches;
@@ -35,6 +37,8 @@ use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use crate::balancer::Balancers;
+use crate::groups::Groups;
 use crate::instances::Service;
 use crate::records::{AnyRecord, RecordChange};
 use audit::Audit;
@@ -56,6 +60,8 @@ const LONG_LIVED: usize = 256;
 /// What the handlers work with.
 pub struct Api {
     pub instances: Service,
+    pub groups: Groups,
+    pub balancers: Balancers,
     events: Events,
     metrics: Metrics,
     audit: Audit,
@@ -65,7 +71,7 @@ pub struct Api {
 
 impl Api {
     /// Follows the changes of records from now on.
-    pub fn new(instances: Service) -> Arc<Self> {
+    pub fn new(instances: Service, groups: Groups, balancers: Balancers) -> Arc<Self> {
         let records = &instances.host().records;
         // In this order: what changes in between is seen by the one who follows.
         let changes = records.subscribe();
@@ -77,6 +83,8 @@ impl Api {
             under_way: Arc::new(Semaphore::new(UNDER_WAY)),
             long_lived: Arc::new(Semaphore::new(LONG_LIVED)),
             instances,
+            groups,
+            balancers,
         });
         tokio::spawn(follow(Arc::downgrade(&api), changes));
         api
@@ -144,6 +152,14 @@ fn described() -> (Router<Arc<Api>>, utoipa::openapi::OpenApi) {
         .routes(routes!(patches::list, patches::create))
         .routes(routes!(patches::get))
         .routes(routes!(patches::cancel))
+        .routes(routes!(groups::list, groups::create))
+        .routes(routes!(groups::get, groups::modify, groups::delete))
+        .routes(routes!(groups::roll))
+        .routes(routes!(groups::roll_back))
+        .routes(routes!(groups::pause))
+        .routes(routes!(groups::resume))
+        .routes(routes!(load_balancers::list, load_balancers::create))
+        .routes(routes!(load_balancers::get, load_balancers::modify, load_balancers::delete))
         .routes(routes!(tunnel::agent))
         .routes(routes!(tunnel::console))
         .routes(routes!(images::list, images::import))

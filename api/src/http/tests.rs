@@ -58,7 +58,9 @@ impl Rig {
     async fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let service = daemon(dir.path(), &Simulation::new()).await;
-        let api = Api::new(service);
+        let groups = crate::groups::Groups::start(service.clone(), Default::default());
+        let balancers = crate::balancer::Balancers::start(service.clone());
+        let api = Api::new(service, groups, balancers);
         let remote = router(api.clone());
         let local = remote.clone().layer(Extension(Door::UnixSocket));
         Rig { _dir: dir, api, local, remote }
@@ -574,4 +576,62 @@ fn everything_in_the_description_is_described() {
         }
     }
     assert!(missing.is_empty(), "not described: {missing:#?}");
+}
+
+#[tokio::test]
+async fn groups_and_load_balancers_are_made_changed_found_and_removed() {
+    let rig = Rig::new().await;
+    let post = async |path: &str, body: Value| rig.send(Method::POST, path, Some(body)).await;
+    let template = json!({"image": "tiny", "instance_type": "nano", "root_size_gib": 1});
+    let group = json!({"name": "web", "template": template, "desired_capacity": 1, "max_size": 2,
+        "scaling": {"cpu_percent": 60}, "tags": {"env": "test"}});
+    let made = post("/v1/groups", group.clone()).await;
+    assert_eq!((made.status, &made.json()["desired_capacity"]), (StatusCode::ACCEPTED, &json!(1)));
+    let id = made.json()["id"].as_str().unwrap().to_owned();
+    let again = post("/v1/groups", group).await;
+    assert_eq!(
+        (again.status, again.code().as_str()),
+        (StatusCode::CONFLICT, "InvalidAutoScalingGroup.Duplicate")
+    );
+    let listen = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let balancer = json!({"name": "lb", "protocol": "tcp", "listen": listen, "group": "web"});
+    let made = post("/v1/load-balancers", balancer.clone()).await;
+    assert_eq!((made.status, &made.json()["group_id"]), (StatusCode::ACCEPTED, &json!(id)));
+    let taken = post(
+        "/v1/load-balancers",
+        json!({"name": "other", "protocol": "tcp", "listen": listen, "group": id}),
+    );
+    assert_eq!(taken.await.code(), "PortInUse");
+
+    let found = async |path: &str| {
+        let list = rig.send(Method::GET, path, None).await.json();
+        list["items"].as_array().map_or(usize::MAX, Vec::len)
+    };
+    assert_eq!(found("/v1/groups?filter=name=w*,tag:env=test").await, 1);
+    assert_eq!(found("/v1/groups?filter=name=x*").await, 0);
+    assert_eq!(found("/v1/load-balancers?filter=name=lb").await, 1);
+    let bad = rig.send(Method::GET, "/v1/groups?filter=colour=red", None).await;
+    assert_eq!(bad.code(), "InvalidParameterValue");
+    let changed =
+        rig.send(Method::PATCH, "/v1/groups/web", Some(json!({"scaling": null, "desired_capacity": 2})));
+    let changed = changed.await.json();
+    assert_eq!((&changed["scaling"], &changed["desired_capacity"]), (&Value::Null, &json!(2)));
+    assert_eq!(post("/v1/groups/web/rollback", json!({})).await.code(), "IncorrectGroupState");
+    assert_eq!(post("/v1/groups/nope/roll", json!({})).await.code(), "InvalidAutoScalingGroup.NotFound");
+    let paused = post("/v1/groups/web/pause", json!({})).await.json();
+    assert_eq!(paused["paused"], true);
+    let resumed = post("/v1/groups/web/resume", json!({})).await;
+    assert_eq!(resumed.status, StatusCode::OK);
+    let metrics = rig.send(Method::GET, "/metrics", None).await.text;
+    assert!(metrics.contains("pulau_group_desired_capacity{group=\"web\"} 2"), "{metrics}");
+    assert!(metrics.contains("pulau_load_balancer_connections_total{load_balancer=\"lb\"} 0"), "{metrics}");
+
+    let in_use = rig.send(Method::DELETE, "/v1/groups/web", None).await;
+    assert_eq!(in_use.code(), "DependencyViolation");
+    let gone = rig.send(Method::DELETE, "/v1/load-balancers/lb", None).await;
+    assert_eq!(gone.status, StatusCode::NO_CONTENT);
+    let gone = rig.send(Method::GET, "/v1/load-balancers/lb", None).await;
+    assert_eq!(gone.code(), "LoadBalancerNotFound");
+    let gone = rig.send(Method::DELETE, "/v1/groups/web?keep_instances=true", None).await;
+    assert_eq!(gone.status, StatusCode::ACCEPTED);
 }

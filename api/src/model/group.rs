@@ -237,9 +237,8 @@ impl Group {
 
     /// The roll that is under way.
     pub fn rolling(&self) -> Option<&Roll> {
-        let under_way = |roll: &&Roll| {
-            matches!(roll.status, RollStatus::InProgress | RollStatus::RollbackInProgress)
-        };
+        let under_way =
+            |roll: &&Roll| matches!(roll.status, RollStatus::InProgress | RollStatus::RollbackInProgress);
         self.roll.as_ref().filter(under_way)
     }
 

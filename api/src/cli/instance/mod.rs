@@ -8,6 +8,7 @@ mod run;
 mod session;
 mod show;
 mod ssh;
+pub mod template;
 
 use std::process::ExitCode;
 

@@ -4,14 +4,11 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Context as _;
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD as BASE64;
 use serde_json::{Value, json};
 
 use super::publish::published_port;
+use super::template::{Custom, TemplateArgs, read_user_data, tag};
 use super::{path, show_all};
-use crate::cli::microvm::MemoryArg;
 use crate::client::Client;
 use crate::model::{PublishedPort, id};
 
@@ -24,57 +21,27 @@ use crate::model::{PublishedPort, id};
   pulau instance run --image minimal --publish 8080:80 --publish 192.0.2.1:53:53/udp
   pulau instance run --image minimal --count 10 --json")]
 pub struct Args {
-    /// Id or name of an image.
-    #[arg(long, short)]
-    image: String,
-    /// Name of a type, or custom with --cpus and --memory.
-    #[arg(long = "type", short = 't', value_name = "TYPE", default_value = "micro")]
-    instance_type: String,
     #[command(flatten)]
-    size: Custom,
+    template: TemplateArgs,
     /// How many; all or none.
     #[arg(long, value_name = "N", default_value_t = 1)]
     count: u32,
     /// Be content with so many of --count.
     #[arg(long, value_name = "N")]
     min_count: Option<u32>,
-    /// Name of a key pair whose owner may log in.
-    #[arg(long, value_name = "NAME")]
-    key_name: Option<String>,
-    /// File given to the guest: a script that runs at the first boot, or cloud-config. At most 16 KiB.
-    #[arg(long, value_name = "FILE")]
-    user_data: Option<PathBuf>,
-    /// Id or name of a network.
-    #[arg(long, value_name = "NETWORK")]
-    network: Option<String>,
     /// Address in the network.
     #[arg(long, value_name = "ADDRESS")]
     private_address: Option<String>,
-    /// Id or name of a security group; may be repeated.
-    #[arg(long = "security-group", value_name = "GROUP")]
-    security_groups: Vec<String>,
     /// Have a port of the host lead to it: [ADDRESS:]HOSTPORT:PORT[/udp]; may be repeated.
     #[arg(long, value_name = "PORT", value_parser = published_port)]
     publish: Vec<PublishedPort>,
-    /// Size of the root disk in GiB; only what is written takes space.
-    #[arg(long, value_name = "GIB")]
-    root_size: Option<u64>,
     /// A disk besides the root disk: `id=VOLUME`, one that exists, or `size=GIB`, `snapshot=SNAPSHOT`, a new one, which
     /// is deleted with the instance. `,keep` keeps a new one, `,delete` deletes an old one. May be repeated.
     #[arg(long = "volume", value_name = "VOLUME")]
     volumes: Vec<VolumeArg>,
-    /// A tag; may be repeated. `Name` is the host name, too, where it can be.
-    #[arg(long = "tag", value_name = "KEY=VALUE", value_parser = tag)]
-    tags: Vec<(String, String)>,
     /// Refuse to terminate it until this is taken back.
     #[arg(long)]
     termination_protection: bool,
-    /// Leave it as it is when its guest does not answer any more, rather than boot it anew.
-    #[arg(long)]
-    no_auto_recovery: bool,
-    /// Terminate it when its guest powers itself off, rather than stop it.
-    #[arg(long)]
-    terminate_on_shutdown: bool,
     /// Makes it safe to send this again: the same token makes no second instance.
     #[arg(long, value_name = "TOKEN")]
     client_token: Option<String>,
@@ -84,22 +51,6 @@ pub struct Args {
     /// Wait until the agent in the guest answers.
     #[arg(long, short)]
     wait: bool,
-}
-
-#[derive(Debug, clap::Args)]
-struct Custom {
-    /// vCPUs of a custom type.
-    #[arg(long, value_name = "N")]
-    cpus: Option<u8>,
-    /// Memory of a custom type, such as 768M.
-    #[arg(long, value_name = "SIZE")]
-    memory: Option<MemoryArg>,
-}
-
-impl Custom {
-    fn memory_mib(&self) -> Option<u64> {
-        self.memory.map(MemoryArg::mib)
-    }
 }
 
 /// A volume, as the API takes it.
@@ -126,44 +77,21 @@ impl std::str::FromStr for VolumeArg {
     }
 }
 
-fn tag(text: &str) -> Result<(String, String), String> {
-    match text.split_once('=') {
-        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
-        _ => Err("expected KEY=VALUE".into()),
-    }
-}
-
-fn read_user_data(file: Option<&PathBuf>) -> anyhow::Result<Option<String>> {
-    let Some(file) = file else { return Ok(None) };
-    let bytes = std::fs::read(file).with_context(|| format!("--user-data {}", file.display()))?;
-    Ok(Some(BASE64.encode(bytes)))
-}
-
 pub async fn run(args: &Args, client: &Client, json: bool) -> anyhow::Result<ExitCode> {
-    let tags: BTreeMap<_, _> = args.tags.iter().cloned().collect();
-    let body = json!({
-        "image": args.image,
-        "instance_type": args.instance_type,
-        "vcpus": args.size.cpus,
-        "memory_mib": args.size.memory_mib(),
-        "min_count": args.min_count.unwrap_or(args.count),
-        "max_count": args.count,
-        "key_name": args.key_name,
-        "user_data": read_user_data(args.user_data.as_ref())?,
-        "network": args.network,
-        "private_address": args.private_address,
-        "security_groups": args.security_groups,
-        "published_ports": args.publish,
-        "root_size_gib": args.root_size,
-        "volumes": args.volumes.iter().map(|volume| volume.0.clone()).collect::<Vec<_>>(),
-        "tags": tags,
-        "termination_protection": args.termination_protection,
-        "auto_recovery": !args.no_auto_recovery,
-        "shutdown_behavior": if args.terminate_on_shutdown { "terminate" } else { "stop" },
+    let mut body = args.template.body()?;
+    for (field, value) in [
+        ("min_count", json!(args.min_count.unwrap_or(args.count))),
+        ("max_count", json!(args.count)),
+        ("private_address", json!(args.private_address)),
+        ("published_ports", json!(args.publish)),
+        ("volumes", json!(args.volumes.iter().map(|volume| volume.0.clone()).collect::<Vec<_>>())),
+        ("termination_protection", json!(args.termination_protection)),
         // A connection that breaks leaves open whether it was done; with a token it can be sent again.
-        "client_token": args.client_token.clone().unwrap_or_else(|| id::new("run")),
-        "dry_run": args.dry_run,
-    });
+        ("client_token", json!(args.client_token.clone().unwrap_or_else(|| id::new("run")))),
+        ("dry_run", json!(args.dry_run)),
+    ] {
+        body[field] = value;
+    }
     let ran: Value = client.post("/v1/instances", &body).await?;
     let mut instances = ran["instances"].as_array().cloned().unwrap_or_default();
     if args.wait {
