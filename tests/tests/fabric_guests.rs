@@ -194,7 +194,7 @@ fn guests_meet_as_their_networks_and_groups_say() {
     };
     let asked = || outside.sh(&format!("timeout 20 busybox nc {HOST} 8080 </dev/null || true"));
     assert_eq!(asked(), "");
-    runtime.block_on(fabric.publish(published)).unwrap();
+    runtime.block_on(fabric.publish(published.address, vec![published])).unwrap();
     assert_eq!(asked().trim(), "hello");
 
     // Much data both ways, in frames as large as the devices make them.

@@ -9,8 +9,11 @@ use std::time::{Duration, Instant};
 
 use pulau_tests::daemon::Daemon;
 use pulau_tests::network::{in_empty_network, ip};
-use pulau_tests::{PATIENCE, wait_for};
+use pulau_tests::{PATIENCE, api, wait_for};
 use serde_json::Value;
+
+/// Between two looks at something.
+const LOOK: Duration = Duration::from_millis(500);
 
 /// An address of the host's.
 const HOST: &str = "203.0.113.1";
@@ -64,8 +67,20 @@ fn a_published_port_leads_to_its_instance() {
     });
 }
 
+/// What the API says of something. Cheaper than a command, for those who ask again and again.
+fn show(daemon: &Daemon, path: &str) -> Value {
+    api::request(&daemon.path("api.sock"), "GET", path, "").expect("an answer").ok()
+}
+
 fn members(daemon: &Daemon) -> Vec<Value> {
-    daemon.json(&["group", "describe", "web"])["members"].as_array().cloned().unwrap_or_default()
+    show(daemon, "/v1/groups/web")["members"].as_array().cloned().unwrap_or_default()
+}
+
+fn wait_until_active(daemon: &Daemon) {
+    wait_for("the group", 3 * PATIENCE, || {
+        std::thread::sleep(LOOK);
+        (show(daemon, "/v1/groups/web")["state"] == "active").then_some(())
+    });
 }
 
 /// Starts the server in every member that comes up, as what configures machines would. It says of which template
@@ -75,12 +90,13 @@ fn provision(daemon: &Daemon, ended: &AtomicBool) {
     while !ended.load(Ordering::Relaxed) {
         for member in members(daemon) {
             let Some(id) = member["instance_id"].as_str().map(str::to_owned) else { continue };
-            if !done.contains(&id) && daemon.show(&id)["status"]["agent"] == "ok" {
+            if !done.contains(&id) && show(daemon, &format!("/v1/instances/{id}"))["status"]["agent"] == "ok"
+            {
                 serve(daemon, &id, &format!("v{}", member["template_version"]));
                 done.insert(id);
             }
         }
-        std::thread::sleep(Duration::from_millis(300));
+        std::thread::sleep(LOOK);
     }
 }
 
@@ -92,33 +108,13 @@ fn a_group_behind_a_load_balancer_is_rolled_and_no_request_fails() {
         let (kernel, root) = ("PULAU_TEST_KERNEL", "PULAU_TEST_ROOTFS_MINIMAL");
         let [kernel, root] = [kernel, root].map(|name| std::env::var(name).unwrap());
         daemon.pulau(&["image", "import", "minimal-2", "--kernel", &kernel, "--root", &root]);
-        daemon.pulau(&[
-            "group",
-            "create",
-            "web",
-            "--image",
-            "minimal",
-            "--root-size",
-            "1",
-            "--desired",
-            "2",
-            "--health-check",
-            "load-balancer",
-        ]);
-        let listen = format!("{HOST}:80");
-        daemon.pulau(&[
-            "load-balancer",
-            "create",
-            "web",
-            "--listen",
-            &listen,
-            "--group",
-            "web",
-            "--health-path",
-            "/",
-            "--health-interval",
-            "1",
-        ]);
+        let pulau = |command: &str| daemon.pulau(&command.split(' ').collect::<Vec<_>>());
+        pulau(
+            "group create web --image minimal --root-size 1 --desired 2 --health-check load-balancer --grace 900",
+        );
+        pulau(&format!(
+            "load-balancer create web --listen {HOST}:80 --group web --health-path / --health-interval 1"
+        ));
         let (ended, failed, served) = (AtomicBool::new(false), AtomicUsize::new(0), AtomicUsize::new(0));
         std::thread::scope(|scope| {
             // Also if something fails in here, those who are waited for come to an end.
@@ -130,10 +126,7 @@ fn a_group_behind_a_load_balancer_is_rolled_and_no_request_fails() {
             }
             let end = End(&ended);
             scope.spawn(|| provision(&daemon, &ended));
-            wait_for("the group", 2 * PATIENCE, || {
-                std::thread::sleep(Duration::from_millis(300));
-                (daemon.json(&["group", "describe", "web"])["state"] == "active").then_some(())
-            });
+            wait_until_active(&daemon);
             assert_eq!(members(&daemon).len(), 2);
             assert_eq!(host(80).as_deref(), Some("v1"));
             measure(&daemon);
@@ -152,10 +145,7 @@ fn a_group_behind_a_load_balancer_is_rolled_and_no_request_fails() {
                 let output = daemon.try_pulau(&["group", "roll", "web", "--image", "minimal-2"]);
                 eprintln!("{}", String::from_utf8_lossy(&output.stderr));
                 assert!(output.status.success(), "{output:?}");
-                wait_for("the old ones to go", PATIENCE, || {
-                    std::thread::sleep(Duration::from_millis(300));
-                    (daemon.json(&["group", "describe", "web"])["state"] == "active").then_some(())
-                });
+                wait_until_active(&daemon);
                 drop(stopping);
             });
             drop(end);
@@ -175,15 +165,16 @@ fn a_group_behind_a_load_balancer_is_rolled_and_no_request_fails() {
         daemon.pulau(&["load-balancer", "delete", "web"]);
         daemon.pulau(&["group", "delete", "web"]);
         wait_for("the group to go", PATIENCE, || {
-            let groups = daemon.json(&["group", "list"]);
-            (groups["items"] == serde_json::json!([]) && daemon.machines().is_empty()).then_some(())
+            std::thread::sleep(LOOK);
+            (show(&daemon, "/v1/groups")["items"] == serde_json::json!([]) && daemon.machines().is_empty())
+                .then_some(())
         });
     });
 }
 
 /// Prints what the load balancer costs: one client, a connection for each request, beside the guest itself.
 fn measure(daemon: &Daemon) {
-    const REQUESTS: u32 = 100;
+    const REQUESTS: u32 = 30;
     let id = members(daemon)[0]["instance_id"].as_str().unwrap().to_owned();
     let guest = format!("{}:80", daemon.show(&id)["interface"]["private_address"].as_str().unwrap());
     let time = |at: &str| {

@@ -16,7 +16,7 @@ use http_body_util::{Either, Full};
 use hyper::body::{Body, Bytes, Frame, Incoming, SizeHint};
 use hyper::header::{self, HeaderMap, HeaderName, HeaderValue};
 use hyper::service::service_fn;
-use hyper::{Request, Response, StatusCode, Uri, Version};
+use hyper::{Method, Request, Response, StatusCode, Uri, Version};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -100,6 +100,9 @@ async fn hand_on(
     pool: &Pool,
 ) -> Answer {
     targets.counts.requests.fetch_add(1, Ordering::Relaxed);
+    if request.method() == Method::CONNECT {
+        return plain(StatusCode::METHOD_NOT_ALLOWED, "this leads to its own targets only\n");
+    }
     let (mut parts, body) = request.into_parts();
     forwarded(&mut parts.headers, peer);
     let repeatable = body.is_end_stream() && parts.method.is_idempotent();

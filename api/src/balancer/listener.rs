@@ -61,7 +61,9 @@ pub async fn serve(
             }
         };
         targets.counts.connections.fetch_add(1, Ordering::Relaxed);
-        let (targets, settings, ended) = (targets.clone(), *settings.borrow(), ended.clone());
+        targets.counts.open.fetch_add(1, Ordering::Relaxed);
+        let (open, settings, ended) = (targets.clone(), *settings.borrow(), ended.clone());
+        let targets = targets.clone();
         let pool = pool.clone();
         tokio::spawn(async move {
             match settings.protocol {
@@ -70,6 +72,7 @@ pub async fn serve(
                     http::serve(client, peer.ip(), targets, settings.algorithm, pool, ended).await
                 }
             }
+            open.counts.open.fetch_sub(1, Ordering::Relaxed);
             drop(permit);
         });
     }

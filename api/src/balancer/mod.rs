@@ -245,9 +245,7 @@ impl Balancers {
                 activity.requests = counts.requests.load(Relaxed);
                 activity.refused = counts.refused.load(Relaxed);
                 activity.retries = counts.retries.load(Relaxed);
-                let free = running.limit.available_permits() as u64;
-                // One permit is held by the one who waits for the next connection.
-                activity.open = u64::from(running.max_connections).saturating_sub(free).saturating_sub(1);
+                activity.open = counts.open.load(Relaxed);
             }
             activity
         };

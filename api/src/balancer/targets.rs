@@ -50,6 +50,8 @@ impl Drop for Lease {
 #[derive(Debug, Default)]
 pub struct Counts {
     pub connections: AtomicU64,
+    /// Clients' connections that are open now.
+    pub open: AtomicU64,
     pub requests: AtomicU64,
     /// Requests and connections that no target took.
     pub refused: AtomicU64,

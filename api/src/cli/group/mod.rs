@@ -55,16 +55,7 @@ enum Command {
   pulau group create web --image web-1 --desired 2 --min 2 --max 10 --cpu-target 60
   pulau group create web --image web-1 --desired 2 --max 10 --health-check load-balancer \\
       --schedule 'day=0 8 * * MON-FRI,desired=8' --schedule 'night=0 20 * * *,desired=2'")]
-    Create {
-        /// What to call it.
-        name: String,
-        #[command(flatten)]
-        template: TemplateArgs,
-        #[command(flatten)]
-        size: Size,
-        #[command(flatten)]
-        policy: Policy,
-    },
+    Create(Box<Create>),
     /// List groups.
     #[command(after_help = "Examples:
   pulau group list
@@ -135,6 +126,18 @@ enum Command {
         #[arg(long)]
         keep_instances: bool,
     },
+}
+
+#[derive(Debug, clap::Args)]
+struct Create {
+    /// What to call it.
+    name: String,
+    #[command(flatten)]
+    template: TemplateArgs,
+    #[command(flatten)]
+    size: Size,
+    #[command(flatten)]
+    policy: Policy,
 }
 
 #[derive(Debug, clap::Args)]
@@ -237,7 +240,8 @@ async fn act(args: &Args, client: Client) -> anyhow::Result<ExitCode> {
         resource::show(&group, COLUMNS, json)
     };
     match &args.command {
-        Command::Create { name, template, size, policy } => {
+        Command::Create(create) => {
+            let Create { name, template, size, policy } = &**create;
             let mut body = Map::new();
             body.insert("name".to_owned(), json!(name));
             body.insert("template".to_owned(), template.body()?);

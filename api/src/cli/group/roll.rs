@@ -43,27 +43,32 @@ pub async fn run(args: &Args, client: &Client, json: bool) -> anyhow::Result<Exi
         "min_healthy_percent": args.min_healthy,
         "max_healthy_percent": args.max_healthy,
     });
-    let mut group: Value = client.post(&format!("{}/roll", path(&args.id)), &body).await?;
+    let group: Value = client.post(&format!("{}/roll", path(&args.id)), &body).await?;
+    let group = if args.no_wait { group } else { watch(group, client).await? };
+    if json {
+        print_json(&group)?;
+    }
+    let went_wrong = matches!(group["roll"]["status"].as_str(), Some("rolled-back" | "rollback-in-progress"));
+    Ok(if went_wrong { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+/// Shows how far a roll is until it has ended.
+async fn watch(mut group: Value, client: &Client) -> anyhow::Result<Value> {
     let (started, mut shown) = (group["roll"]["started"].clone(), String::new());
     // The group's own id: a name may come to mean another one.
-    let at = path(group["id"].as_str().unwrap_or(&args.id));
-    while !args.no_wait {
+    let at = path(group["id"].as_str().unwrap_or_default());
+    loop {
         let now = line(&group);
         if now != shown {
             eprintln!("{now}");
             shown = now;
         }
         if !group["roll"]["ended"].is_null() || group["roll"]["started"] != started {
-            break;
+            return Ok(group);
         }
         tokio::time::sleep(LOOK).await;
         group = client.get(&at).await?;
     }
-    if json {
-        print_json(&group)?;
-    }
-    let went_wrong = matches!(group["roll"]["status"].as_str(), Some("rolled-back" | "rollback-in-progress"));
-    Ok(if went_wrong && !args.no_wait { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
 fn line(group: &Value) -> String {
