@@ -254,7 +254,7 @@ async fn connections_are_handed_on_whole_and_cut_in_the_end() {
         "health_check": {"interval_seconds": 1}});
     let balancer = rig.create(&[&a, &b], more).await;
     let mut held = TcpStream::connect(balancer.listen).await.unwrap();
-    held.write_all(b"GET /1 HTTP/1.1\r\n\r\n").await.unwrap();
+    held.write_all(b"GET /keep HTTP/1.1\r\n\r\n").await.unwrap();
     let mut buffer = vec![0; 256];
     let read = tokio::time::timeout(PATIENCE, held.read(&mut buffer)).await.unwrap().unwrap();
     let first = String::from_utf8_lossy(&buffer[..read]).into_owned();
