@@ -148,6 +148,15 @@ impl Daemon {
         status.is_some()
     }
 
+    /// Waits until one is dead that has broken off: its connections are closed before it is.
+    pub fn wait_dead(&mut self) {
+        let begun = Instant::now();
+        while !self.is_dead() {
+            assert!(begun.elapsed() < PATIENCE, "it broke off and lives:\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// Kills it. Returns whether it was dead already.
     pub fn kill(&mut self) -> bool {
         let dead = self.is_dead();

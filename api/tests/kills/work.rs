@@ -74,12 +74,12 @@ pub fn work(daemon: &mut Daemon, host: &Host, model: &mut Model, dice: &mut Dice
     let rounds = if passage == 1 { 1 } else { 2 };
     for _ in 0..rounds {
         if clients.everything(host).is_err() {
-            return;
+            return clients.daemon.wait_dead();
         }
     }
     for _ in 0..dice.below(20) {
         if clients.something(dice).is_err() {
-            return;
+            return clients.daemon.wait_dead();
         }
     }
 }
