@@ -119,11 +119,13 @@ fn vm(host: &Host, instance: &Instance, manifest: &Manifest) -> Result<VmConfig,
         initrd_path: manifest.initrd.as_ref().map(|initrd| blobs.path(&initrd.digest)),
         boot_args: Some(format!("{BOOT_ARGS} {image_args} {options}")),
     })?;
+    // What the guest has flushed is on the host's disk; what it cannot write to has nothing to flush.
     let disk = |id: &str, path: PathBuf, root: bool, read_only: bool| DriveConfig {
         drive_id: id.to_owned(),
         path_on_host: Some(path),
         is_root_device: root,
         is_read_only: Some(read_only),
+        cache_type: if read_only { CacheType::Unsafe } else { CacheType::Writeback },
         ..Default::default()
     };
     let own = host.volumes.path(&instance.root_volume).unwrap_or_default();
@@ -136,9 +138,7 @@ fn vm(host: &Host, instance: &Instance, manifest: &Manifest) -> Result<VmConfig,
     }
     for volume in volumes::data_volumes(&host.records.read(), instance) {
         let path = host.volumes.path(&volume.id).unwrap_or_default();
-        // What the guest has flushed is on the host's disk.
-        let cache_type = CacheType::Writeback;
-        vm.set_drive(DriveConfig { cache_type, ..disk(&volume.serial(), path, false, false) })?;
+        vm.set_drive(disk(&volume.serial(), path, false, false))?;
     }
     if network.is_some() {
         vm.set_network_interface(NetworkInterfaceConfig {
