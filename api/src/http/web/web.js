@@ -227,8 +227,11 @@ function draw() {
 
 // What happens.
 
+const lists = { instance: [instances, "/v1/instances/"], image: [images, "/v1/images/"] };
+
 async function refresh(event) {
-  const [map, path] = event.kind === "instance" ? [instances, "/v1/instances/"] : [images, "/v1/images/"];
+  if (!lists[event.kind]) return;
+  const [map, path] = lists[event.kind];
   if (event.state === undefined) map.delete(event.id);
   else {
     try {
@@ -257,7 +260,7 @@ async function events() {
         for (const part of parts) {
           const field = (name) => (part.match(new RegExp(`^${name}: ?(.*)$`, "m")) || [])[1];
           if (field("event") === "lost") await everything();
-          else if (field("event") === "state") await refresh(JSON.parse(field("data")));
+          else if (field("data")) await refresh(JSON.parse(field("data")));
         }
       }
     } catch (error) {
