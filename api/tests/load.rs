@@ -158,8 +158,8 @@ async fn a_thousand_clients_get_what_they_ask_for_or_are_told_to_come_back() {
     let _: Value = client.post(&start, &json!({})).await.unwrap();
     let stays = format!("/v1/instances/{}/wait?state=pending&timeout_seconds=300", ids.first().unwrap());
     for _ in 0..UNDER_WAY + 50 {
-        let (client, stays) = (daemon.client(), stays.clone());
-        waiting.push(tokio::spawn(async move { client.get::<Value>(&stays).await.map(drop) }));
+        let (client, stays, full) = (daemon.client(), stays.clone(), full.clone());
+        waiting.push(tokio::spawn(async move { insist(&full, || client.get::<Value>(&stays)).await }));
     }
     let told = async {
         loop {
