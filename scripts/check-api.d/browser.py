@@ -18,7 +18,11 @@ with sync_playwright() as playwright:
     page = browser.new_page()
     problems, elsewhere = [], []
     page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("console", lambda message: message.type == "error" and problems.append(message.text))
+    page.on(
+        "console",
+        lambda message: message.type == "error"
+        and problems.append(f"{message.text} ({message.location.get('url')})"),
+    )
     page.on("request", lambda request: request.url.startswith(url) or elsewhere.append(request.url))
     page.on("dialog", lambda dialog: dialog.accept())
     page.set_default_timeout(20_000)

@@ -296,6 +296,13 @@ async fn bodies_are_checked_before_they_are_read() {
     assert_eq!(send(json, "{".into()).await, (400, "MalformedRequest".into()));
     assert_eq!(send(json, String::new()).await, (400, "MalformedRequest".into()));
     assert_eq!(send(json, "[]".into()).await, (400, "MalformedRequest".into()));
+    let volume = rig.ok(Method::POST, "/v1/volumes", Some(json!({"size_gib": 1}))).await;
+    let path = format!("/v1/volumes/{}", volume["id"].as_str().unwrap());
+    // What serde would take for an object with no field set.
+    let list =
+        Request::builder().method(Method::PATCH).uri(&path).header(header::CONTENT_TYPE, "application/json");
+    let list = list.body(Body::from("[null, null]")).unwrap();
+    assert_eq!(Rig::ask(&rig.local, list).await.code(), "MalformedRequest");
     assert_eq!(send(Some("text/plain"), "{}".into()).await, (415, "UnsupportedMediaType".into()));
     assert_eq!(send(None, "{}".into()).await, (415, "UnsupportedMediaType".into()));
     let large = format!("{{\"image\": \"{}\"}}", "x".repeat(BODY));
