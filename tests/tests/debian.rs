@@ -90,7 +90,10 @@ fn ssh_lets_in_who_has_the_key_with_systemd_and_without() {
     in_own_network(|| {
         for init in ["", SYSTEMD] {
             let vmm = debian(&format!("pulau.ip={GUEST}/24,gw={HOST} pulau.hostname=deb {init}"));
-            vmm.put("/network-interfaces/eth0", json!({"iface_id": "eth0", "host_dev_name": "tap0"})).ok();
+            // The same for both: the host would go on sending to the first for as long as it holds it for reachable.
+            let mac = "06:00:00:00:00:02";
+            let eth0 = json!({"iface_id": "eth0", "host_dev_name": "tap0", "guest_mac": mac});
+            vmm.put("/network-interfaces/eth0", eth0).ok();
             vmm.boot();
             let (right, public) = key(vmm.dir(), "right");
             let (wrong, _) = key(vmm.dir(), "wrong");
