@@ -15,6 +15,10 @@ use pulau_vmm::virtio::net::tap::Tap;
 pub fn make(what: &[&str]) -> io::Result<()> {
     match *what {
         ["nothing"] => Ok(()),
+        // Ends only when it is ended.
+        ["rest"] => loop {
+            std::thread::park();
+        },
         ["identity"] => identity(),
         ["live"] => live(),
         ["devices"] => use_devices(),
