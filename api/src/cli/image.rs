@@ -9,7 +9,7 @@ use clap::Subcommand;
 use serde_json::{Value, json};
 
 use super::connection::Connection;
-use super::resource::{self, Tag};
+use super::resource::{self, tag};
 use super::table::{cell, table};
 use super::{print, print_json, progress};
 use crate::client::{Client, escape};
@@ -82,8 +82,8 @@ enum Command {
         #[arg(long, value_name = "TEXT", default_value = "")]
         description: String,
         /// A tag; may be repeated.
-        #[arg(long = "tag", value_name = "KEY=VALUE")]
-        tags: Vec<Tag>,
+        #[arg(long = "tag", value_name = "KEY=VALUE", value_parser = tag)]
+        tags: Vec<(String, String)>,
         /// Do not wait.
         #[arg(long)]
         no_wait: bool,
@@ -182,7 +182,7 @@ async fn act(args: &Args, client: Client) -> anyhow::Result<ExitCode> {
             let body = json!({
                 "name": name,
                 "description": description,
-                "tags": tags.iter().cloned().map(Into::into).collect::<BTreeMap<String, String>>(),
+                "tags": tags.iter().cloned().collect::<BTreeMap<String, String>>(),
                 "client_token": id::new("image"),
             });
             let image = client.post(&format!("/v1/instances/{}/images", escape(instance)), &body).await?;

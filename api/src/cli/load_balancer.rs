@@ -7,9 +7,7 @@ use clap::Subcommand;
 use serde_json::{Map, Value, json};
 
 use super::connection::Connection;
-use super::instance::template::tag;
-use super::resource::{self, Columns};
-use super::table::{cell, table};
+use super::resource::{self, Columns, tag};
 use super::{print, print_json};
 use crate::client::{Client, escape};
 
@@ -191,8 +189,8 @@ async fn act(args: &Args, client: Client) -> anyhow::Result<ExitCode> {
             resource::show(&client.post::<Value>(PATH, &body).await?, COLUMNS, args.json)?;
         }
         Command::List { filter } => {
-            let filter = filter.as_deref().map(|f| format!("?filter={}", escape(f))).unwrap_or_default();
-            resource::list(&client, &format!("{PATH}{filter}"), COLUMNS, args.json).await?;
+            let all = resource::all(&client, PATH, filter.as_deref()).await?;
+            resource::show_all(&all, COLUMNS, args.json)?;
         }
         Command::Describe { id } => {
             let balancer: Value = client.get(&path(id)).await?;
@@ -214,10 +212,7 @@ async fn act(args: &Args, client: Client) -> anyhow::Result<ExitCode> {
 
 /// A load balancer for people.
 fn describe(balancer: &Value) -> String {
-    let row =
-        |item: &Value, columns: &Columns| columns.iter().map(|(_, pointer)| cell(item, pointer)).collect();
-    let titles = |columns: &Columns| columns.iter().map(|(title, _)| *title).collect::<Vec<_>>();
-    let mut text = table(&titles(COLUMNS), &[row(balancer, COLUMNS)]);
+    let mut text = resource::rows(std::slice::from_ref(balancer), COLUMNS);
     if let Some(why) = balancer.pointer("/state_reason/message").and_then(Value::as_str) {
         text.push_str(&format!("\n{why}\n"));
     }
@@ -230,7 +225,7 @@ fn describe(balancer: &Value) -> String {
     ];
     let targets = balancer["targets"].as_array().cloned().unwrap_or_default();
     text.push('\n');
-    text + &table(&titles(columns), &targets.iter().map(|item| row(item, columns)).collect::<Vec<_>>())
+    text + &resource::rows(&targets, columns)
 }
 
 fn path(id: &str) -> String {

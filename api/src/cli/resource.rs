@@ -12,8 +12,12 @@ pub type Columns = [(&'static str, &'static str)];
 /// Prints all there are at `path`.
 pub async fn list(client: &Client, path: &str, columns: &Columns, json: bool) -> anyhow::Result<()> {
     let list: Value = client.get(path).await?;
-    let items = list["items"].as_array().cloned().unwrap_or_default();
-    if json { print_json(&json!({ "items": items })) } else { print(&rows(&items, columns)) }
+    show_all(&list["items"].as_array().cloned().unwrap_or_default(), columns, json)
+}
+
+/// Prints many things: as JSON, or as a table.
+pub fn show_all(items: &[Value], columns: &Columns, json: bool) -> anyhow::Result<()> {
+    if json { print_json(&json!({ "items": items })) } else { print(&rows(items, columns)) }
 }
 
 /// All there are at `path` that fit a filter, from all its pages.
@@ -31,23 +35,10 @@ pub async fn all(client: &Client, path: &str, filter: Option<&str>) -> anyhow::R
 }
 
 /// A tag of the command line: `KEY=VALUE`.
-#[derive(Clone, Debug)]
-pub struct Tag(String, String);
-
-impl std::str::FromStr for Tag {
-    type Err = &'static str;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text.split_once('=') {
-            Some((key, value)) if !key.is_empty() => Ok(Tag(key.to_owned(), value.to_owned())),
-            _ => Err("expected KEY=VALUE"),
-        }
-    }
-}
-
-impl From<Tag> for (String, String) {
-    fn from(tag: Tag) -> Self {
-        (tag.0, tag.1)
+pub fn tag(text: &str) -> Result<(String, String), &'static str> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err("expected KEY=VALUE"),
     }
 }
 
@@ -64,7 +55,8 @@ pub async fn delete(client: &Client, path: &str, ids: &[String]) -> anyhow::Resu
     Ok(())
 }
 
-fn rows(items: &[Value], columns: &Columns) -> String {
+/// A table of things, a row each.
+pub fn rows(items: &[Value], columns: &Columns) -> String {
     let titles: Vec<&str> = columns.iter().map(|(title, _)| *title).collect();
     let row = |item: &Value| columns.iter().map(|(_, pointer)| cell(item, pointer)).collect();
     table(&titles, &items.iter().map(row).collect::<Vec<Vec<String>>>())

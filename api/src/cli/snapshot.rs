@@ -7,7 +7,7 @@ use clap::Subcommand;
 use serde_json::{Value, json};
 
 use super::connection::Connection;
-use super::resource::{self, Tag};
+use super::resource::{self, tag};
 use super::table::{cell, gib, table};
 use super::{print, print_json, progress};
 use crate::client::{Client, escape};
@@ -48,8 +48,8 @@ enum Command {
         #[arg(long, value_name = "TEXT", default_value = "")]
         description: String,
         /// A tag; may be repeated.
-        #[arg(long = "tag", value_name = "KEY=VALUE")]
-        tags: Vec<Tag>,
+        #[arg(long = "tag", value_name = "KEY=VALUE", value_parser = tag)]
+        tags: Vec<(String, String)>,
         /// Makes it safe to send this again: the same token takes no second snapshot.
         #[arg(long, value_name = "TOKEN")]
         client_token: Option<String>,
@@ -97,7 +97,7 @@ async fn act(args: &Args, client: Client) -> anyhow::Result<ExitCode> {
             let body = json!({
                 "volume_id": volume,
                 "description": description,
-                "tags": tags.iter().cloned().map(Into::into).collect::<BTreeMap<String, String>>(),
+                "tags": tags.iter().cloned().collect::<BTreeMap<String, String>>(),
                 "client_token": client_token.clone().unwrap_or_else(|| id::new("snapshot")),
             });
             let mut snapshot: Value = client.post(PATH, &body).await?;

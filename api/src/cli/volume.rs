@@ -7,7 +7,7 @@ use clap::Subcommand;
 use serde_json::{Value, json};
 
 use super::connection::Connection;
-use super::resource::{self, Tag};
+use super::resource::{self, tag};
 use super::table::{cell, gib, table};
 use super::{print, print_json, progress};
 use crate::client::{Client, escape};
@@ -54,8 +54,8 @@ enum Command {
         #[arg(long, value_name = "SNAPSHOT")]
         snapshot: Option<String>,
         /// A tag; may be repeated.
-        #[arg(long = "tag", value_name = "KEY=VALUE")]
-        tags: Vec<Tag>,
+        #[arg(long = "tag", value_name = "KEY=VALUE", value_parser = tag)]
+        tags: Vec<(String, String)>,
         /// Makes it safe to send this again: the same token makes no second volume.
         #[arg(long, value_name = "TOKEN")]
         client_token: Option<String>,
@@ -123,8 +123,8 @@ enum Command {
         /// Id of a volume.
         id: String,
         /// Other tags, in place of all it has; may be repeated.
-        #[arg(long = "tag", value_name = "KEY=VALUE")]
-        tags: Vec<Tag>,
+        #[arg(long = "tag", value_name = "KEY=VALUE", value_parser = tag)]
+        tags: Vec<(String, String)>,
         /// Delete it when its instance is terminated.
         #[arg(long, value_name = "BOOL")]
         delete_on_termination: Option<bool>,
@@ -153,7 +153,7 @@ async fn act(args: &Args, client: Client) -> anyhow::Result<ExitCode> {
             let body = json!({
                 "size_gib": size,
                 "snapshot_id": snapshot,
-                "tags": tags.iter().cloned().map(Into::into).collect::<BTreeMap<String, String>>(),
+                "tags": tags.iter().cloned().collect::<BTreeMap<String, String>>(),
                 "client_token": client_token.clone().unwrap_or_else(|| id::new("volume")),
             });
             let mut volume: Value = client.post(PATH, &body).await?;
@@ -181,7 +181,7 @@ async fn act(args: &Args, client: Client) -> anyhow::Result<ExitCode> {
             show(&[client.patch(&path(id), &json!({ "size_gib": size })).await?])?;
         }
         Command::Modify { id, tags, delete_on_termination } => {
-            let tags: BTreeMap<String, String> = tags.iter().cloned().map(Into::into).collect();
+            let tags: BTreeMap<String, String> = tags.iter().cloned().collect();
             let body = json!({
                 "tags": (!tags.is_empty()).then_some(tags),
                 "delete_on_termination": delete_on_termination,

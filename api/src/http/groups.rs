@@ -1,6 +1,5 @@
 //! Groups over HTTP.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use axum::Json;
@@ -9,31 +8,10 @@ use axum::http::StatusCode;
 
 use super::error::{ErrorBody, Refusal};
 use super::extract::{Body, Path, Query};
-use super::list::{ListNamed, Listed};
+use super::list::ListNamed;
 use super::{Api, List};
 use crate::groups::{CreateGroup, DeleteGroup, ModifyGroup, RollGroup};
 use crate::model::Group;
-
-impl Listed for Group {
-    const NAMES: &'static [&'static str] = &["id", "name", "state"];
-
-    fn id(&self) -> &str {
-        &self.id
-    }
-
-    fn tags(&self) -> &BTreeMap<String, String> {
-        &self.tags
-    }
-
-    fn has(&self, name: &str, fits: &dyn Fn(&str) -> bool) -> bool {
-        match name {
-            "id" => fits(&self.id),
-            "name" => fits(&self.name),
-            "state" => fits(self.state.name()),
-            _ => false,
-        }
-    }
-}
 
 /// List groups, in order of their ids.
 #[utoipa::path(get, path = "/v1/groups", tag = "groups", params(ListNamed),

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use super::error::Refusal;
-use crate::model::{Instance, Snapshot, Volume};
+use crate::model::{Group, Instance, LoadBalancer, Snapshot, Volume};
 
 /// Most things on a page.
 const PAGE: usize = 1000;
@@ -97,76 +97,67 @@ pub trait Listed {
     fn has(&self, name: &str, fits: &dyn Fn(&str) -> bool) -> bool;
 }
 
-impl Listed for Instance {
-    const NAMES: &'static [&'static str] =
-        &["id", "state", "image", "type", "network", "key", "group", "address", "hostname"];
+/// Says what a record with an id and tags can be looked for by: each name with whether `$fits` fits its value.
+macro_rules! listed {
+    ($Record:ty, |$item:ident, $fits:ident| { $($name:literal => $has:expr,)* }) => {
+        impl Listed for $Record {
+            const NAMES: &'static [&'static str] = &[$($name),*];
 
-    fn id(&self) -> &str {
-        &self.id
-    }
+            fn id(&self) -> &str {
+                &self.id
+            }
 
-    fn tags(&self) -> &BTreeMap<String, String> {
-        &self.tags
-    }
+            fn tags(&self) -> &BTreeMap<String, String> {
+                &self.tags
+            }
 
-    fn has(&self, name: &str, fits: &dyn Fn(&str) -> bool) -> bool {
-        match name {
-            "id" => fits(&self.id),
-            "state" => fits(self.state.name()),
-            "image" => fits(&self.image_id),
-            "type" => fits(&self.instance_type),
-            "network" => fits(&self.interface.network_id),
-            "key" => self.key_name.as_deref().is_some_and(fits),
-            "group" => self.security_groups.iter().any(|group| fits(group)),
-            "address" => fits(&self.interface.private_address.to_string()),
-            "hostname" => fits(&self.hostname),
-            _ => false,
+            fn has(&self, name: &str, $fits: &dyn Fn(&str) -> bool) -> bool {
+                let $item = self;
+                match name {
+                    $($name => $has,)*
+                    _ => false,
+                }
+            }
         }
-    }
+    };
 }
 
-impl Listed for Volume {
-    const NAMES: &'static [&'static str] = &["id", "state", "instance", "snapshot"];
+listed!(Instance, |it, fits| {
+    "id" => fits(&it.id),
+    "state" => fits(it.state.name()),
+    "image" => fits(&it.image_id),
+    "type" => fits(&it.instance_type),
+    "network" => fits(&it.interface.network_id),
+    "key" => it.key_name.as_deref().is_some_and(fits),
+    "group" => it.security_groups.iter().any(|group| fits(group)),
+    "address" => fits(&it.interface.private_address.to_string()),
+    "hostname" => fits(&it.hostname),
+});
 
-    fn id(&self) -> &str {
-        &self.id
-    }
+listed!(Volume, |it, fits| {
+    "id" => fits(&it.id),
+    "state" => fits(it.state.name()),
+    "instance" => it.attachment.as_ref().is_some_and(|attachment| fits(&attachment.instance_id)),
+    "snapshot" => it.snapshot_id.as_deref().is_some_and(fits),
+});
 
-    fn tags(&self) -> &BTreeMap<String, String> {
-        &self.tags
-    }
+listed!(Snapshot, |it, fits| {
+    "id" => fits(&it.id),
+    "state" => fits(it.state.name()),
+    "volume" => fits(&it.volume_id),
+});
 
-    fn has(&self, name: &str, fits: &dyn Fn(&str) -> bool) -> bool {
-        match name {
-            "id" => fits(&self.id),
-            "state" => fits(self.state.name()),
-            "instance" => self.attachment.as_ref().is_some_and(|attachment| fits(&attachment.instance_id)),
-            "snapshot" => self.snapshot_id.as_deref().is_some_and(fits),
-            _ => false,
-        }
-    }
-}
+listed!(Group, |it, fits| {
+    "id" => fits(&it.id),
+    "name" => fits(&it.name),
+    "state" => fits(it.state.name()),
+});
 
-impl Listed for Snapshot {
-    const NAMES: &'static [&'static str] = &["id", "state", "volume"];
-
-    fn id(&self) -> &str {
-        &self.id
-    }
-
-    fn tags(&self) -> &BTreeMap<String, String> {
-        &self.tags
-    }
-
-    fn has(&self, name: &str, fits: &dyn Fn(&str) -> bool) -> bool {
-        match name {
-            "id" => fits(&self.id),
-            "state" => fits(self.state.name()),
-            "volume" => fits(&self.volume_id),
-            _ => false,
-        }
-    }
-}
+listed!(LoadBalancer, |it, fits| {
+    "id" => fits(&it.id),
+    "name" => fits(&it.name),
+    "state" => fits(it.state.name()),
+});
 
 /// A filter, understood.
 #[derive(Debug, Default)]

@@ -9,9 +9,9 @@ use clap::Subcommand;
 use serde_json::{Map, Value, json};
 
 use super::connection::Connection;
-use super::instance::template::{TemplateArgs, tag};
-use super::resource::{self, Columns};
-use super::table::{cell, table};
+use super::instance::template::TemplateArgs;
+use super::resource::{self, Columns, tag};
+use super::table::cell;
 use super::{print, print_json};
 use crate::client::{Client, escape};
 
@@ -251,8 +251,8 @@ async fn act(args: &Args, client: Client) -> anyhow::Result<ExitCode> {
             resource::show(&client.post::<Value>(PATH, &body).await?, COLUMNS, json)?;
         }
         Command::List { filter } => {
-            let filter = filter.as_deref().map(|f| format!("?filter={}", escape(f))).unwrap_or_default();
-            resource::list(&client, &format!("{PATH}{filter}"), COLUMNS, json).await?;
+            let all = resource::all(&client, PATH, filter.as_deref()).await?;
+            resource::show_all(&all, COLUMNS, json)?;
         }
         Command::Describe { id } => {
             let group: Value = client.get(&path(id)).await?;
@@ -285,10 +285,7 @@ async fn act(args: &Args, client: Client) -> anyhow::Result<ExitCode> {
 
 /// A group for people.
 fn describe(group: &Value) -> String {
-    let mut text = table(
-        &COLUMNS.iter().map(|(title, _)| *title).collect::<Vec<_>>(),
-        &[COLUMNS.iter().map(|(_, pointer)| cell(group, pointer)).collect()],
-    );
+    let mut text = resource::rows(std::slice::from_ref(group), COLUMNS);
     if let Some(why) = group.pointer("/state_reason/message").and_then(Value::as_str) {
         text.push_str(&format!("\n{why}\n"));
     }
@@ -300,10 +297,8 @@ fn describe(group: &Value) -> String {
         ("TEMPLATE", "/template_version"),
         ("REASON", "/reason"),
     ];
-    let row = |item: &Value| columns.iter().map(|(_, pointer)| cell(item, pointer)).collect();
-    let titles: Vec<&str> = columns.iter().map(|(title, _)| *title).collect();
     text.push('\n');
-    text.push_str(&table(&titles, &list("members").iter().map(row).collect::<Vec<_>>()));
+    text.push_str(&resource::rows(&list("members"), columns));
     text.push('\n');
     for activity in list("activities") {
         text.push_str(&format!("{}  {}\n", cell(&activity, "/at"), cell(&activity, "/description")));

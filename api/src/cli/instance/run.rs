@@ -7,8 +7,9 @@ use std::process::ExitCode;
 use serde_json::{Value, json};
 
 use super::publish::published_port;
-use super::template::{Custom, TemplateArgs, read_user_data, tag};
+use super::template::{Custom, TemplateArgs, read_user_data};
 use super::{path, show_all};
+use crate::cli::resource::tag;
 use crate::client::Client;
 use crate::model::{PublishedPort, id};
 

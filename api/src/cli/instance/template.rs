@@ -9,6 +9,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use serde_json::{Value, json};
 
 use crate::cli::microvm::MemoryArg;
+use crate::cli::resource::tag;
 
 #[derive(Debug, clap::Args)]
 pub struct TemplateArgs {
@@ -80,13 +81,6 @@ impl TemplateArgs {
             "auto_recovery": !self.no_auto_recovery,
             "shutdown_behavior": if self.terminate_on_shutdown { "terminate" } else { "stop" },
         }))
-    }
-}
-
-pub fn tag(text: &str) -> Result<(String, String), String> {
-    match text.split_once('=') {
-        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
-        _ => Err("expected KEY=VALUE".into()),
     }
 }
 
