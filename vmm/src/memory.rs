@@ -114,6 +114,13 @@ pub fn advise_huge(memory: &Memory) {
     }
 }
 
+/// What the host says of its memory; none if it does not.
+pub fn of_host() -> Option<libc::sysinfo> {
+    let mut info = std::mem::MaybeUninit::<libc::sysinfo>::uninit();
+    // SAFETY: the pointer is to memory for what the call writes, all of it if it succeeds.
+    unsafe { (libc::sysinfo(info.as_mut_ptr()) == 0).then(|| info.assume_init()) }
+}
+
 /// Guest physical ranges (start, length in bytes) that hold `size` bytes of memory.
 pub fn ranges(size: u64) -> impl Iterator<Item = (u64, u64)> {
     let low = size.min(layout::MMIO_HOLE_START);

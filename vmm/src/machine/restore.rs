@@ -77,8 +77,8 @@ impl Machine {
         resources: Resources,
     ) -> Result<Self, RestoreError> {
         let prepare_vcpu = resources.prepare_vcpu;
-        let mut vm = Vm::new(resources.kvm)?;
-        check_cpu(state, config, &mut vm)?;
+        let vm = Vm::new(resources.kvm)?;
+        check_cpu(state, config, &vm)?;
         let board = Board::new(config, vm, memory, resources, None, Some(&state.serial))?;
         restore_devices(state, &board)?;
         let fds = (0..state.vcpus.len()).map(|index| vcpu::create_empty(board.vm.fd(), index as u8));
@@ -100,7 +100,7 @@ impl Machine {
 }
 
 /// Checks that the guest's processor has nothing that this host does not.
-fn check_cpu(state: &State, config: &VmConfig, vm: &mut Vm) -> Result<(), RestoreError> {
+fn check_cpu(state: &State, config: &VmConfig, vm: &Vm) -> Result<(), RestoreError> {
     let Some(wanted) = state.vcpus.first() else { return Ok(()) };
     let mut here = vm.cpuid().clone();
     let topology = Topology { index: 0, count: config.machine.vcpu_count, smt: config.machine.smt };

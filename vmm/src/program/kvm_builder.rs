@@ -107,14 +107,11 @@ impl MachineBuilder for KvmBuilder {
     ) -> Result<(Box<dyn control::Machine>, VmConfig), StartError> {
         let fail = |failure: StartFailure| StartError(failure.into());
         self.set_up_filters()?;
-        let state = snapshot::file::read(&request.snapshot_path);
-        let state = state.map_err(|error| {
-            fail(StartFailure::State { path: request.snapshot_path.clone(), error: error.into() })
-        })?;
-        let config = state.configuration();
-        let mut config = config.map_err(|error| {
-            fail(StartFailure::State { path: request.snapshot_path.clone(), error: error.into() })
-        })?;
+        let wrong = |error: Box<dyn Error + Send + Sync>| {
+            fail(StartFailure::State { path: request.snapshot_path.clone(), error })
+        };
+        let state = snapshot::file::read(&request.snapshot_path).map_err(|error| wrong(error.into()))?;
+        let mut config = state.configuration().map_err(|error| wrong(error.into()))?;
         request.apply(&mut config).map_err(|error| StartError(error.into()))?;
         let memory = map_memory(request, &config).map_err(fail)?;
         let machine = self.make(&config, |resources| {
@@ -204,13 +201,7 @@ fn map_memory(request: &SnapshotLoadConfig, config: &VmConfig) -> Result<Arc<Mem
 
 /// Guests may together be promised more memory than there is, but none alone.
 fn check_memory(mem_size_mib: u64) -> Result<(), StartFailure> {
-    let mut info = std::mem::MaybeUninit::<libc::sysinfo>::uninit();
-    // SAFETY: the pointer is to memory for what the call writes.
-    if unsafe { libc::sysinfo(info.as_mut_ptr()) } != 0 {
-        return Ok(());
-    }
-    // SAFETY: the call succeeded, so it has written all of it.
-    let info = unsafe { info.assume_init() };
+    let Some(info) = memory::of_host() else { return Ok(()) };
     let host_mib = info.totalram.saturating_mul(info.mem_unit.into()) >> 20;
     if mem_size_mib > host_mib {
         return Err(StartFailure::Memory { mem_size_mib, host_mib });

@@ -2,11 +2,11 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-use crate::memory::Memory;
+use crate::memory::{self, Memory};
 
 /// The unit in which memory is zero or not.
 const PAGE: usize = 4096;
@@ -48,8 +48,10 @@ fn write(memory: &Memory, file: &File, swap: bool) -> io::Result<u64> {
                 page += 1;
             }
             let (start, count) = (first * PAGE, (page - first) * PAGE);
-            // SAFETY: the bytes are those of whole pages of the region, which is mapped for as long as `memory`.
-            unsafe { write_at(file, region.as_ptr().add(start), count, at + start as u64) }?;
+            // SAFETY: the bytes are those of whole pages of the region, which is mapped for as long as `memory`, and
+            // nothing writes to them now.
+            let run = unsafe { std::slice::from_raw_parts(region.as_ptr().add(start), count) };
+            file.write_all_at(run, at + start as u64)?;
             written += count as u64;
         }
         at += region.len();
@@ -79,40 +81,14 @@ fn resident(start: *mut u8, len: usize) -> io::Result<Vec<u8>> {
 
 /// Whether the host may have put memory anywhere else.
 fn has_swap() -> bool {
-    let mut info = std::mem::MaybeUninit::<libc::sysinfo>::uninit();
-    // SAFETY: the pointer is to memory for what the call writes, which is read only if it has.
-    unsafe { libc::sysinfo(info.as_mut_ptr()) != 0 || info.assume_init().totalswap != 0 }
-}
-
-/// Writes `count` bytes at `from` to `file`.
-///
-/// # Safety
-/// They must be mapped.
-unsafe fn write_at(file: &File, from: *const u8, count: usize, at: u64) -> io::Result<()> {
-    let mut done = 0;
-    while done < count {
-        let offset = libc::off_t::try_from(at + done as u64).map_err(io::Error::other)?;
-        // SAFETY: as the caller promises.
-        let written = unsafe { libc::pwrite(file.as_raw_fd(), from.add(done).cast(), count - done, offset) };
-        match usize::try_from(written) {
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(written) => done += written,
-            Err(_) => {
-                let error = io::Error::last_os_error();
-                if error.kind() != io::ErrorKind::Interrupted {
-                    return Err(error);
-                }
-            }
-        }
-    }
-    Ok(())
+    memory::of_host().is_none_or(|info| info.totalswap != 0)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::{self, MIB};
-    use std::os::unix::fs::{FileExt, MetadataExt};
+    use crate::memory::MIB;
+    use std::os::unix::fs::MetadataExt;
     use vm_memory::{Bytes, GuestAddress};
 
     #[test]

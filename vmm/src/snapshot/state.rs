@@ -1,16 +1,16 @@
 //! What is in a state file.
 
 use serde::{Deserialize, Serialize};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::arch::vcpu_state::VcpuState;
 use crate::arch::vm_state::VmState;
-use crate::config::FullVmConfig;
+use crate::config::{FullVmConfig, VmConfig};
 use crate::devices::i8042::I8042State;
 use crate::devices::serial::SerialState;
 use crate::memory::{self, Memory};
 use crate::virtio::balloon::BalloonState;
 use crate::virtio::state::TransportState;
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 /// A machine without its memory.
 #[derive(Debug, Serialize, Deserialize)]
@@ -64,11 +64,10 @@ pub fn regions(memory: &Memory) -> Vec<Region> {
 
 impl State {
     /// The configuration, which fits what else is in the state.
-    pub fn configuration(&self) -> Result<crate::config::VmConfig, Inconsistent> {
+    pub fn configuration(&self) -> Result<VmConfig, Inconsistent> {
         let full: FullVmConfig =
             serde_json::from_str(&self.config).map_err(|e| Inconsistent::Config(e.to_string()))?;
-        let config =
-            crate::config::VmConfig::try_from(full).map_err(|e| Inconsistent::Config(e.to_string()))?;
+        let config = VmConfig::try_from(full).map_err(|e| Inconsistent::Config(e.to_string()))?;
         let expected: Vec<_> = memory::ranges(config.machine.mem_size_bytes())
             .map(|(start, len)| Region { start, len })
             .collect();
